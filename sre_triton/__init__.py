@@ -1,0 +1,26 @@
+"""Self-regularized entropy: a loss for classification over very many classes, as fast as cross entropy.
+
+For one row of logits z with target class g, p = softmax(z) and c = 1e-7:
+
+    H = -log p_g                                        cross entropy
+    R(p) = a log a + b log b,  a = c/(c+p),  b = p/(c+p)
+    S = -sum_{j != g} R(p_j)                            self-regularized entropy
+    loss = mean over rows of (H - λ S)                  minimised
+
+The letters, everywhere in the code: N rows, K classes, D features of a linear layer, c the suppression level,
+lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the weight of S, ε label smoothing, α z-loss.
+
+    reference.py   the definition, in plain PyTorch
+    ops.py         the primitives' signatures, registered with PyTorch
+    fallback.py    the primitives through torch.compile
+    backend.py     chooses between them
+    checks.py      user input -> errors that say what was expected and what came
+    loss.py        the public function
+    modules.py     the nn.Module
+"""
+
+from .loss import self_regularized_entropy
+from .modules import SelfRegularizedEntropyLoss
+from .reference import Parts
+
+__all__ = ["Parts", "SelfRegularizedEntropyLoss", "self_regularized_entropy"]

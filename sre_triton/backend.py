@@ -1,0 +1,36 @@
+"""The only place that chooses who computes the loss."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def choose(backend: str | None, logits: Tensor, differentiable_arguments: bool) -> str:
+    """The backend that serves ``logits``.
+
+    Args:
+        backend: what the user asked for.
+        logits: the logits.
+        differentiable_arguments: whether a gradient for more than the logits (target probabilities, their class
+            weights) is wanted, which only plain autograd gives.
+    """
+    if backend is None:
+        return "eager" if differentiable_arguments else "compile"
+    if backend == "triton":
+        if logits.dtype == torch.float64:
+            raise ValueError("backend: expected 'compile' or 'eager' for float64 logits, got 'triton'")
+        raise NotImplementedError("backend: the Triton kernels are not part of this version yet, got 'triton'")
+    if backend == "compile" and differentiable_arguments:
+        raise ValueError(
+            "backend: expected 'eager' or None where target or weight require a gradient, got 'compile'; detach them "
+            "if you do not want one"
+        )
+    return backend
+
+
+def primitives(name: str) -> ModuleType:
+    """The module that holds the backend's primitives."""
+    from . import fallback
+
+    return {"compile": fallback}[name]

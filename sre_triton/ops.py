@@ -1,0 +1,115 @@
+"""The primitives as PyTorch sees them: one signature, one fake, one batching rule each, whoever computes them.
+
+A row of logits becomes a few numbers that combine across chunks and shards, then its gradient is an elementwise pass:
+
+    row_lse                 z -> the first five of its statistics
+    row_sums                z, those five -> the other two
+    row_gradient            z, all seven -> the gradient
+    row_loss                row_lse + row_sums -> losses, statistics               one read
+    row_loss_and_gradient   row_lse + row_sums + row_gradient -> losses, gradient  one read, one write
+
+A backend writes the five as Python functions on plain tensors and decorates each with :func:`primitive`. In ordinary
+eager code the function is then called as it is; inside ``torch.compile``, ``torch.export``, a ``torch.func``
+transform or a dispatch mode it is the registered op, with the fakes and the batching rule below.
+
+STATS, (7, N): m = max z, log_sum = log Σ exp(z - m), y_sum = Σ w y, yz_sum = Σ w y (z - m), omega (the sample's
+weight), s_sum = Σ (1 - y) h, u_sum = Σ (1 - y) u, all sums over the classes and y the smoothed target distribution.
+LOSSES, (4, N): loss, H, S, α lse² of each row, weighted by omega, before ``reg_weight`` and any division.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .reference import compute_dtype
+
+NUM_LSE, NUM_SUMS, NUM_LOSSES = 5, 2, 4
+NUM_STATS = NUM_LSE + NUM_SUMS
+
+# The dimension of the rows in each argument that has one.
+ROW_DIM = {"logits": 0, "target": 0, "scale": 0, "stats": 1}
+
+
+def _numbers(logits: Tensor, count: int) -> Tensor:
+    return logits.new_empty(count, logits.shape[0], dtype=compute_dtype(logits.dtype))
+
+
+def _gradient(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+# What each primitive returns, given its logits, and the dimension of the rows in each output.
+OUTPUTS: dict[str, tuple[Callable, tuple[int, ...]]] = {
+    "row_lse": (lambda z: _numbers(z, NUM_LSE), (1,)),
+    "row_sums": (lambda z: _numbers(z, NUM_SUMS), (1,)),
+    "row_gradient": (_gradient, (0,)),
+    "row_loss": (lambda z: (_numbers(z, NUM_LOSSES), _numbers(z, NUM_STATS)), (1, 1)),
+    "row_loss_and_gradient": (lambda z: (_numbers(z, NUM_LOSSES), _gradient(z)), (1, 0)),
+}
+
+
+def _needs_dispatch(logits: Tensor) -> bool:
+    """Whether someone else (a tracer, a transform, a mode, a tensor subclass) must see the op."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(logits) not in (Tensor, torch.nn.Parameter)
+    )
+
+
+def _batching_rule(op: Callable, names: list[str], out_row_dims: tuple[int, ...]) -> Callable:
+    """Rows do not know of each other, so a batch of calls is one call with more rows."""
+
+    def rule(info, in_dims, *args):
+        batch = info.batch_size
+        batched = [
+            arg if dim is None else arg.movedim(dim, 0) for arg, dim in zip(args, in_dims, strict=True)
+        ]
+        if any(dim is not None and name not in ROW_DIM for name, dim in zip(names, in_dims, strict=True)):
+            calls = [
+                op(*(arg if dim is None else arg[i] for arg, dim in zip(batched, in_dims, strict=True)))
+                for i in range(batch)
+            ]
+            if isinstance(calls[0], Tensor):
+                return torch.stack(calls), 0
+            return tuple(torch.stack(outs) for outs in zip(*calls, strict=True)), (0,) * len(out_row_dims)
+        folded = []
+        for name, arg, dim in zip(names, batched, in_dims, strict=True):
+            if name in ROW_DIM:
+                row_dim = ROW_DIM[name]
+                arg = arg.expand(batch, *arg.shape) if dim is None else arg
+                arg = arg.movedim(0, row_dim).flatten(row_dim, row_dim + 1)
+            folded.append(arg)
+        outs = op(*folded)
+        single = isinstance(outs, Tensor)
+        unfolded = tuple(
+            out.unflatten(dim, (batch, out.shape[dim] // batch)) for out, dim in zip((outs,) if single else outs, out_row_dims, strict=True)
+        )
+        return (unfolded[0], out_row_dims[0]) if single else (unfolded, out_row_dims)
+
+    return rule
+
+
+def primitive(backend: str) -> Callable[[Callable], Callable]:
+    """Register a backend's function of one of the five names as the op ``sre_triton::<backend>_<name>``."""
+
+    def register(function: Callable) -> Callable:
+        name = function.__name__
+        names = list(inspect.signature(function).parameters)
+        fake, out_row_dims = OUTPUTS[name]
+        op = torch.library.custom_op(f"sre_triton::{backend}_{name}", function, mutates_args=())
+        op.register_fake(lambda logits, *_: fake(logits))
+        op.register_vmap(_batching_rule(op, names, out_row_dims))
+
+        @functools.wraps(function)
+        def call(logits: Tensor, *args):
+            return op(logits, *args) if _needs_dispatch(logits) else function(logits, *args)
+
+        call.op = op
+        return call
+
+    return register
