@@ -16,9 +16,6 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("none", "mean", "sum")
 BACKENDS = (None, "triton", "compile", "eager")
 
-# Below it, 1/c times a probability leaves the range of float32.
-MIN_C = 1e-30
-
 # From this many classes on, the plain sum S outweighs the cross entropy: measured on Gaussian clusters, accuracy fell
 # from 1.00 to 0.32 at K = 1000 and to 0.00 at K = 10000, where the class mean kept 1.00 and 0.97.
 MANY_CLASSES = 256
@@ -35,8 +32,8 @@ def _wrong(error: type[Exception], argument: str, expected: str, value: object) 
 
 
 def _is_number(value: object) -> bool:
-    # Inside a compiled graph a number may be symbolic.
-    return isinstance(value, Real | torch.SymFloat | torch.SymInt) and not isinstance(value, bool)
+    # (int, float) comes first for torch.compile, which sees symbolic numbers as these.
+    return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
 
 
 def _check_number(argument: str, value: object, low: float, high: float, expected: str) -> None:
@@ -57,12 +54,13 @@ def check_options(
 ) -> None:
     """The arguments that can be judged alone."""
     largest = sys.float_info.max
-    _check_number("c", c, MIN_C, 1.0, f"a number from {MIN_C} to 1")
+    # For smaller c, a probability divided by c leaves the range of float32.
+    _check_number("c", c, 1e-30, 1.0, "a number from 1e-30 to 1")
     if isinstance(reg_weight, Tensor):
         _check_scalar_tensor("reg_weight", reg_weight)
     else:
         _check_number("reg_weight", reg_weight, -largest, largest, "a finite number or a tensor of 0 dimensions")
-    if not (isinstance(ignore_index, int | torch.SymInt) and not isinstance(ignore_index, bool)):
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise _wrong(TypeError, "ignore_index", "an int", ignore_index)
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise _wrong(ValueError, "reduction", "'none', 'mean' or 'sum'", reduction)
@@ -167,16 +165,21 @@ def check_inplace(input: Tensor) -> None:
 _warned_of_many_classes = False
 
 
-def warn_of_many_classes(num_classes: int, reg_weight: float | Tensor) -> None:
-    """Once a process: the plain sum over many classes drowns the cross entropy."""
+@torch.compiler.assume_constant_result  # While compiling it runs once, as the graph is traced.
+def _warn_of_many_classes() -> None:
     global _warned_of_many_classes
-    if _warned_of_many_classes or num_classes < MANY_CLASSES or isinstance(reg_weight, Tensor) or reg_weight != 1:
-        return
-    _warned_of_many_classes = True
-    warnings.warn(
-        f"The regularizer S sums over the classes, and with K = {num_classes} it outweighs the cross entropy: networks "
-        "then learn little or nothing. Pass class_mean=True to divide it by K - 1 (or class_mean=False to keep the sum "
-        "and silence this).",
-        UserWarning,
-        stacklevel=3,
-    )
+    if not _warned_of_many_classes:
+        _warned_of_many_classes = True
+        warnings.warn(
+            f"The regularizer S sums over the classes, and from K = {MANY_CLASSES} on it outweighs the cross entropy: "
+            "networks then learn little or nothing. Pass class_mean=True to divide it by K - 1, or class_mean=False to "
+            "keep the sum and silence this.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def check_many_classes(num_classes: int, reg_weight: float | Tensor) -> None:
+    """Warn, once a process, where the plain sum over many classes drowns the cross entropy."""
+    if num_classes >= MANY_CLASSES and not isinstance(reg_weight, Tensor) and reg_weight == 1:
+        _warn_of_many_classes()

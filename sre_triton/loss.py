@@ -7,6 +7,7 @@ denominator, and the backward hands it over, multiplied by the upstream gradient
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
 from .backend import choose, primitives
@@ -15,7 +16,7 @@ from .checks import (
     check_options,
     check_range,
     check_tensors,
-    warn_of_many_classes,
+    check_many_classes,
 )
 from .reference import Parts, compute_dtype, sample_weights
 
@@ -258,10 +259,11 @@ def self_regularized_entropy(
     if indices:
         check_range(target, num_classes, ignore_index)
     wants_gradient = torch.is_grad_enabled() and input.requires_grad
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if inplace and wants_gradient:
         check_inplace(input)
     if class_mean is None:
-        warn_of_many_classes(num_classes, reg_weight)
+        check_many_classes(num_classes, reg_weight)
 
     others = (tensor for tensor in (target, weight) if tensor is not None)
     name = choose(backend, input, torch.is_grad_enabled() and any(tensor.requires_grad for tensor in others))
@@ -288,10 +290,9 @@ def self_regularized_entropy(
     target = target.flatten() if indices else _as_rows(target)
     # λ' and the mean over the classes are one number.
     per_class = (1 / (num_classes - 1) if num_classes > 1 else 0.0) if class_mean else 1.0
-    if isinstance(reg_weight, Tensor):
-        reg_weight = reg_weight.detach() * per_class
-    else:
-        reg_weight = torch.tensor(reg_weight * per_class, dtype=dtype)
+    # A number times a tensor, which torch.compile traces without compiling the number in.
+    one = torch.ones((), dtype=torch.float64)
+    reg_weight = (reg_weight.detach() if isinstance(reg_weight, Tensor) else one * reg_weight) * per_class
     if reduction != "mean":
         factor = torch.ones((), dtype=dtype, device=input.device)
     else:
@@ -299,7 +300,7 @@ def self_regularized_entropy(
             denominator = sample_weights(target, weight, ignore_index).sum() if indices else rows.shape[0]
         factor = torch.as_tensor(denominator, dtype=dtype, device=input.device).detach().reciprocal()
     options = (
-        torch.tensor(c, dtype=torch.float64).log(),
+        (one * c).log(),
         reg_weight,
         int(ignore_index),
         float(label_smoothing),
@@ -307,9 +308,11 @@ def self_regularized_entropy(
         float(softcap or 0.0),
     )
 
-    if wants_gradient:
-        inplace = inplace and not torch.compiler.is_compiling() and _own_rows(rows)
-        if recompute is None:
+    if wants_gradient or transformed:
+        inplace = inplace and wants_gradient and not torch.compiler.is_compiling() and _own_rows(rows)
+        if not wants_gradient:
+            recompute = True
+        elif recompute is None:
             recompute = input.dtype == torch.float16 or reduction == "none"
         function = _Recompute if recompute else _SinglePass
         loss, losses, _ = function.apply(rows, target, weight, factor, name, reduction, inplace, *options)
