@@ -49,8 +49,21 @@ def _check_scalar_tensor(argument: str, value: Tensor) -> None:
 
 
 def check_options(
-    *, c, reg_weight, class_mean, ignore_index, reduction, denominator, label_smoothing, z_loss, softcap, inplace,
-    recompute, return_parts, shard, backend
+    *,
+    c,
+    reg_weight,
+    class_mean,
+    ignore_index,
+    reduction,
+    denominator,
+    label_smoothing,
+    z_loss,
+    softcap,
+    inplace,
+    recompute,
+    return_parts,
+    shard,
+    backend,
 ) -> None:
     """The arguments that can be judged alone."""
     largest = sys.float_info.max

@@ -18,6 +18,7 @@ and the gradient is  coef_p p + coef_u u - coef_1  with the target's own value w
 
 import ctypes
 import functools
+import itertools
 import sys
 import types
 import warnings
@@ -288,7 +289,7 @@ def _call(function: Callable, flags: Flags, logits: Tensor, *args):
 
 
 def _by_blocks(logits: Tensor, compute: Callable) -> list[Tensor]:
-    """``compute(rows, z, e)`` for each block of rows: its logits, contiguous, and scratch. Puts the numbers together."""
+    """``compute(rows, z, e)`` for each block of rows, z its logits, e scratch; puts together what it returns."""
     num_rows, num_classes = logits.shape
     dtype = compute_dtype(logits.dtype)
     # At least two rows a block: a dimension of one is a compilation of its own.
@@ -298,7 +299,7 @@ def _by_blocks(logits: Tensor, compute: Callable) -> list[Tensor]:
     with torch.no_grad():
         parts = [
             compute(slice(start, stop), logits[start:stop].contiguous(), scratch[: stop - start])
-            for start, stop in zip(bounds, bounds[1:], strict=False)
+            for start, stop in itertools.pairwise(bounds)
         ]
         return list(parts[0]) if num_blocks == 1 else [torch.cat(numbers, -1) for numbers in zip(*parts, strict=True)]
 
@@ -399,9 +400,7 @@ def row_lse(
     target, weight, numbers, flags = _prepared(
         logits, target, weight, log_c, reg_weight, ignore_index, label_smoothing, z_loss, softcap
     )
-    return _by_blocks(
-        logits, lambda rows, z, e: (_call(_lse_pass, flags, z, target[rows], weight, e, numbers),)
-    )[0]
+    return _by_blocks(logits, lambda rows, z, e: (_call(_lse_pass, flags, z, target[rows], weight, e, numbers),))[0]
 
 
 @primitive("compile")

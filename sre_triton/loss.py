@@ -13,10 +13,10 @@ from . import reference
 from .backend import choose, primitives
 from .checks import (
     check_inplace,
+    check_many_classes,
     check_options,
     check_range,
     check_tensors,
-    check_many_classes,
 )
 from .reference import Parts, compute_dtype, sample_weights
 
@@ -36,9 +36,7 @@ def _reduced(losses: Tensor, factor: Tensor, reduction: str) -> Tensor:
 
 def _functional() -> bool:
     """Whether the backward must not write in place: it is being traced, transformed or recorded itself."""
-    return (
-        torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-    )
+    return torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
 class _SinglePass(torch.autograd.Function):

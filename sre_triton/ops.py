@@ -66,9 +66,7 @@ def _batching_rule(op: Callable, names: list[str], out_row_dims: tuple[int, ...]
 
     def rule(info, in_dims, *args):
         batch = info.batch_size
-        batched = [
-            arg if dim is None else arg.movedim(dim, 0) for arg, dim in zip(args, in_dims, strict=True)
-        ]
+        batched = [arg if dim is None else arg.movedim(dim, 0) for arg, dim in zip(args, in_dims, strict=True)]
         if any(dim is not None and name not in ROW_DIM for name, dim in zip(names, in_dims, strict=True)):
             calls = [
                 op(*(arg if dim is None else arg[i] for arg, dim in zip(batched, in_dims, strict=True)))
@@ -87,7 +85,8 @@ def _batching_rule(op: Callable, names: list[str], out_row_dims: tuple[int, ...]
         outs = op(*folded)
         single = isinstance(outs, Tensor)
         unfolded = tuple(
-            out.unflatten(dim, (batch, out.shape[dim] // batch)) for out, dim in zip((outs,) if single else outs, out_row_dims, strict=True)
+            out.unflatten(dim, (batch, out.shape[dim] // batch))
+            for out, dim in zip((outs,) if single else outs, out_row_dims, strict=True)
         )
         return (unfolded[0], out_row_dims[0]) if single else (unfolded, out_row_dims)
 

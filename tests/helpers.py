@@ -1,0 +1,123 @@
+"""What the tests share: logits, the loss with its gradient, and the truth."""
+
+import mpmath
+import torch
+
+from sre_triton import reference, self_regularized_entropy
+
+# Every option, alone and together. "weight" and "target" are filled in by `problem`.
+OPTIONS = {
+    "default": {},
+    "c": {"c": 1e-3},
+    "reg_weight": {"reg_weight": -0.5},
+    "class_mean": {"class_mean": True},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 0.01},
+    "softcap": {"softcap": 2.0},
+    "weight": {"weight": True},
+    "weight+smoothing": {"weight": True, "label_smoothing": 0.3},
+    "all": {
+        "weight": True,
+        "c": 1e-5,
+        "reg_weight": 0.7,
+        "class_mean": True,
+        "label_smoothing": 0.2,
+        "z_loss": 0.1,
+        "softcap": 4.0,
+    },
+}
+
+
+def problem(N, K, options, *, probabilities=False, spread=3.0, seed=0, dtype=torch.float32):
+    """Logits, target and the options with their class weights."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(N, K, generator=generator) * spread).to(dtype)
+    target = torch.randint(K, (N,), generator=generator)
+    weight = torch.rand(K, generator=generator) + 0.1
+    if probabilities:
+        target = torch.rand(N, K, generator=generator)
+        target = target / target.sum(1, keepdim=True) * torch.linspace(0.5, 1.5, N)[:, None]
+    options = dict(options)
+    if options.get("weight"):
+        options["weight"] = weight.to(dtype)
+    return logits, target, options
+
+
+def loss_and_gradient(logits, target, *, upstream=None, loss=self_regularized_entropy, **options):
+    """The loss, its parts and the gradient of the loss with respect to the logits."""
+    leaf = logits.detach().clone().requires_grad_()
+    value, parts = loss(leaf, target, return_parts=True, **options)
+    value.backward(torch.ones_like(value) if upstream is None else upstream)
+    return value.detach(), parts, leaf.grad
+
+
+def truth(logits, target, *, upstream=None, **options):
+    """The same in float64, by the definition."""
+    wide = {name: value.double() if name == "weight" else value for name, value in options.items()}
+    target = target.double() if target.is_floating_point() else target
+
+    def loss(leaf, target, return_parts, **keywords):
+        return reference.self_regularized_entropy(leaf, target, **keywords)
+
+    return loss_and_gradient(logits.double(), target, upstream=upstream, loss=loss, **wide)
+
+
+def assert_within_bounds(logits, target, backend, **options):
+    """The bounds of float32: each row's H and S to 2e-6 (H + S) + 3e-7, its gradient to 5e-6 of its norm + 3e-7."""
+    rows = {**options, "reduction": "none"}
+    loss, parts, gradient = loss_and_gradient(logits, target, backend=backend, **rows)
+    true_loss, true_parts, true_gradient = truth(logits, target, **rows)
+    size = true_parts.cross_entropy.abs() + true_parts.regularizer.abs()
+    for part, true_part in zip(parts[:2], true_parts[:2], strict=True):
+        assert ((part.double() - true_part).abs() <= 2e-6 * size + 3e-7).all(), (part - true_part).abs().max()
+    assert ((loss.double() - true_loss).abs() <= 5e-6 * (size + true_parts.z_loss) + 1e-6).all()
+    error, norm = (gradient.double() - true_gradient).norm(dim=1), true_gradient.norm(dim=1)
+    assert (error <= 5e-6 * norm + 3e-7).all(), (error / (5e-6 * norm + 3e-7)).max()
+
+
+def mp_row(z, y, weight, omega, *, c, reg_weight, class_mean, label_smoothing, z_loss, softcap):
+    """(loss, H, S, α lse²) of one row in mpmath, straight from the formulas in probabilities."""
+    K = len(z)
+    z = [softcap * mpmath.tanh(z_j / softcap) if softcap else z_j for z_j in z]
+    total = mpmath.fsum(mpmath.exp(z_j) for z_j in z)
+    p = [mpmath.exp(z_j) / total for z_j in z]
+    y = [(1 - label_smoothing) * y_j + label_smoothing / K for y_j in y]
+
+    def R(p_j):
+        a, b = c / (c + p_j), p_j / (c + p_j)
+        return a * mpmath.log(a) + b * mpmath.log(b)
+
+    H = -mpmath.fsum(y_j * w_j * mpmath.log(p_j) for y_j, w_j, p_j in zip(y, weight, p, strict=True))
+    S = -omega * mpmath.fsum((1 - y_j) * R(p_j) for y_j, p_j in zip(y, p, strict=True))
+    if class_mean:
+        S = S / (K - 1) if K > 1 else mpmath.mpf(0)
+    Z = z_loss * omega * mpmath.log(total) ** 2
+    return H - reg_weight * S + Z, H, S, Z
+
+
+def mp_truth(logits, target, options):
+    """Rows of (loss, H, S, α lse²) and of gradients, with 50 digits, the gradients by differences."""
+    number = mpmath.mpf
+    K = logits.shape[1]
+    settings = {"c": 1e-7, "reg_weight": 1.0, "class_mean": False, "label_smoothing": 0.0, "z_loss": 0.0}
+    settings |= {name: value for name, value in options.items() if name in settings}
+    settings = {name: value if isinstance(value, bool) else number(value) for name, value in settings.items()}
+    settings["softcap"] = number(options["softcap"]) if "softcap" in options else None
+    weight = [number(w) for w in options["weight"].tolist()] if "weight" in options else [number(1)] * K
+    rows, gradients = [], []
+    with mpmath.workdps(50):
+        step = number(10) ** -18
+        for z, g in zip(logits.double().tolist(), target.tolist(), strict=True):
+            z = [number(z_j) for z_j in z]
+            y = [number(y_j) for y_j in g] if isinstance(g, list) else [number(j == g) for j in range(K)]
+            omega = mpmath.fsum(y_j * w_j for y_j, w_j in zip(y, weight, strict=True))
+
+            def loss(z, y=y, omega=omega):
+                return mp_row(z, y, weight, omega, **settings)
+
+            def moved(k, by, z=z):
+                return loss([z_j + (by if j == k else 0) for j, z_j in enumerate(z)])[0]
+
+            rows.append([float(value) for value in loss(z)])
+            gradients.append([float((moved(k, step) - moved(k, -step)) / (2 * step)) for k in range(K)])
+    return torch.tensor(rows, dtype=torch.float64), torch.tensor(gradients, dtype=torch.float64)
