@@ -5,7 +5,7 @@ called block after block. A block is small enough to stay in the processor's cac
 the memory bus once in and once out, however often the compiled loops walk over a block. Without a C++ compiler the
 same blocks run uncompiled.
 
-Per class, from d = z - m (m the row's maximum) and off = log_sum + log c:
+Per class, from d = z - m (m the row's maximum) and off = log exp_sum + log c:
 
     t = d - off        = log(p / c)
     x = exp(d) / exp(off)  = p / c, from the same exponential as p
@@ -42,6 +42,7 @@ MADV_HUGEPAGE = 14
 class Numbers(NamedTuple):
     """The scalar options as 0-dim tensors, so that another value is not another compilation."""
 
+    c: Tensor
     log_c: Tensor
     reg_weight: Tensor
     ignore_index: Tensor
@@ -101,12 +102,23 @@ def _at_target(z: Tensor, target: Tensor, numbers: Numbers) -> tuple[Tensor, Ten
     return counted, index, z.gather(1, index)
 
 
-def _coin(d: Tensor, e: Tensor, off: Tensor, e_off: Tensor) -> tuple[Tensor, Tensor]:
-    """t and μ, from d, e = exp(d) and the columns off and e_off = exp(-off)."""
+def _offset(exp_sum: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor, Tensor]:
+    """off, what its rounding lost, and exp(-off).
+
+    In float32 off is rounded by up to 1e-6. That would move every t of the row by as much, the same way, and where the
+    u of many classes cancel in their sum it is this common error that does not.
+    """
+    off = exp_sum.log() + numbers.log_c
+    scaled = exp_sum * numbers.c
+    return off, scaled * (-off).exp() - 1, 1 / scaled
+
+
+def _coin(d: Tensor, e: Tensor, off: Tensor, lost: Tensor, e_off: Tensor) -> tuple[Tensor, Tensor]:
+    """t and μ, from d, e = exp(d) and the columns of `_offset`."""
     x = e * e_off
     # At -inf logits t stays finite, so that nothing multiplies 0 by infinity; exp(-1e4) is 0 in every dtype. (Here
     # torch.where is clamp, NaN included, in fewer instructions. A named constant would become an input of the graph.)
-    t = torch.where(d < -1e4, -1e4, d) - off
+    t = torch.where(d < -1e4, -1e4, d) - off - lost
     return t, torch.where(x > 1, 1, x) / (1 + x)
 
 
@@ -124,12 +136,12 @@ def _u(t: Tensor, mu: Tensor) -> Tensor:
     return t * mu * (1 - mu)
 
 
-def _h_and_u(d: Tensor, e: Tensor, off: Tensor, e_off: Tensor) -> tuple[Tensor, Tensor]:
-    t, mu = _coin(d, e, off, e_off)
+def _h_and_u(d: Tensor, e: Tensor, *offset: Tensor) -> tuple[Tensor, Tensor]:
+    t, mu = _coin(d, e, *offset)
     return t.abs() * mu + _minus_log1p(mu), _u(t, mu)
 
 
-def _sums_of_h_and_u(d: Tensor, e: Tensor, off: Tensor, e_off: Tensor) -> tuple[Tensor, Tensor]:
+def _sums_of_h_and_u(d: Tensor, e: Tensor, *offset: Tensor) -> tuple[Tensor, Tensor]:
     """Over all classes, with one logarithm for four classes: Π (1 - μ) is kept as 1 - M, so that no digit is lost.
 
     The four lie a quarter of the row apart, so that each quarter is read as it lies in memory; what does not divide by
@@ -137,17 +149,17 @@ def _sums_of_h_and_u(d: Tensor, e: Tensor, off: Tensor, e_off: Tensor) -> tuple[
     """
     num_classes = d.shape[1]
     if num_classes < 8:
-        h, u = _h_and_u(d, e, off, e_off)
+        h, u = _h_and_u(d, e, *offset)
         return h.sum(1, keepdim=True), u.sum(1, keepdim=True)
     quarter = num_classes // 4 - 1
     h = u = M = 0.0
     for i in range(4):
         part = slice(i * quarter, (i + 1) * quarter)
-        t, mu = _coin(d[:, part], e[:, part], off, e_off)
+        t, mu = _coin(d[:, part], e[:, part], *offset)
         h, u, M = h + t.abs() * mu, u + _u(t, mu), M + mu * (1 - M)
     h = h + _minus_log1p(M)
     rest = slice(4 * quarter, None)
-    h_rest, u_rest = _h_and_u(d[:, rest], e[:, rest], off, e_off)
+    h_rest, u_rest = _h_and_u(d[:, rest], e[:, rest], *offset)
     return (
         h.sum(1, keepdim=True) + h_rest.sum(1, keepdim=True),
         u.sum(1, keepdim=True) + u_rest.sum(1, keepdim=True),
@@ -160,14 +172,16 @@ def _sums_of_h_and_u(d: Tensor, e: Tensor, off: Tensor, e_off: Tensor) -> tuple[
 
 
 def _lse_pass(logits, target, weight, e, numbers: Numbers, flags: Flags) -> Tensor:
-    """m, log_sum, y_sum, yz_sum, omega; fills ``e``."""
+    """m, exp_sum, y_sum, yz_sum, omega; fills ``e``."""
     z = _capped(logits, numbers, flags)
     num_classes = z.shape[1]
     m = z.amax(1, keepdim=True)
     d = z - m
     exp_d = d.exp()
     e.copy_(exp_d)
-    log_sum = exp_d.sum(1, keepdim=True).log()
+    # In float32 the small exponentials would be lost beside the large ones: 5e-6 of the sum at K = 131072.
+    wide = z.dtype if z.device.type == "mps" else torch.float64
+    exp_sum = exp_d.sum(1, keepdim=True, dtype=wide).to(z.dtype)
     if target.dim() == 2:
         y = target.to(z.dtype)
         omega = (y if weight is None else y * weight).sum(1, keepdim=True)
@@ -185,32 +199,32 @@ def _lse_pass(logits, target, weight, e, numbers: Numbers, flags: Flags) -> Tens
             y_sum = y_sum + share * (num_classes if weight is None else weight.sum())
             wz = d if weight is None else torch.where(weight == 0, 0, d * weight)
             yz_sum = yz_sum + share * wz.sum(1, keepdim=True)
-    return _stack(m, log_sum, y_sum, yz_sum, omega)
+    return _stack(m, exp_sum, y_sum, yz_sum, omega)
 
 
 def _sums_pass(logits, target, lse, e, numbers: Numbers, flags: Flags) -> tuple[Tensor, Tensor]:
-    """s_sum, u_sum; loss, H, S, α lse²."""
+    """h_sum, u_sum; loss, H, S, α lse²."""
     z = _capped(logits, numbers, flags)
-    m, log_sum, y_sum, yz_sum, omega = _columns(lse)
+    m, exp_sum, y_sum, yz_sum, omega = _columns(lse)
     e = (z - m).exp() if e is None else e
-    off = log_sum + numbers.log_c
-    off, e_off = _loaded(off, (-off).exp())
+    offset = _loaded(*_offset(exp_sum, numbers))
     if target.dim() == 2:
-        h, u = _h_and_u(z - m, e, off, e_off)
+        h, u = _h_and_u(z - m, e, *offset)
         wrong = 1 - _smoothed(target.to(z.dtype), numbers, z.shape[1])
-        s_sum, u_sum = (wrong * h).sum(1, keepdim=True), (wrong * u).sum(1, keepdim=True)
+        h_sum, u_sum = (wrong * h).sum(1, keepdim=True), (wrong * u).sum(1, keepdim=True)
     else:
         counted, _, z_g = _at_target(z, target, numbers)
-        h, u = _sums_of_h_and_u(z - m, e, off, e_off)
-        h_g, u_g = _h_and_u(z_g - m, (z_g - m).exp(), off, e_off)
+        h, u = _sums_of_h_and_u(z - m, e, *offset)
+        h_g, u_g = _h_and_u(z_g - m, (z_g - m).exp(), *offset)
         all_classes, at_target = 1 - numbers.label_smoothing / z.shape[1], 1 - numbers.label_smoothing
-        s_sum, u_sum = all_classes * h - at_target * h_g, all_classes * u - at_target * u_g
+        h_sum, u_sum = all_classes * h - at_target * h_g, all_classes * u - at_target * u_g
 
+    log_sum = exp_sum.log()
     cross_entropy = y_sum * log_sum - yz_sum
-    regularizer = omega * s_sum
+    regularizer = omega * h_sum
     z_penalty = numbers.z_loss * omega * (m + log_sum).square()
     losses = _stack(cross_entropy - numbers.reg_weight * regularizer + z_penalty, cross_entropy, regularizer, z_penalty)
-    return _stack(s_sum, u_sum), losses if target.dim() == 2 else torch.where(counted.t(), losses, 0)
+    return _stack(h_sum, u_sum), losses if target.dim() == 2 else torch.where(counted.t(), losses, 0)
 
 
 def _gradient_pass(logits, target, weight, stats, scale, e, out, numbers: Numbers, flags: Flags) -> Tensor | None:
@@ -220,19 +234,18 @@ def _gradient_pass(logits, target, weight, stats, scale, e, out, numbers: Number
     """
     z = _capped(logits, numbers, flags)
     num_classes = z.shape[1]
-    m, log_sum, y_sum, _, omega, _, u_sum = _columns(stats)
+    m, exp_sum, y_sum, _, omega, _, u_sum = _columns(stats)
     scale = scale.unsqueeze(1)
-    off = log_sum + numbers.log_c
     share = numbers.label_smoothing / num_classes
-    coef_p = scale * (y_sum + omega * (2 * numbers.z_loss * (m + log_sum) - numbers.reg_weight * u_sum))
+    coef_p = scale * (y_sum + omega * (2 * numbers.z_loss * (m + exp_sum.log()) - numbers.reg_weight * u_sum))
     coef_u = scale * omega * numbers.reg_weight
 
-    def gradient_at(z, e, m, off, e_off, coef_e, coef_u, coef_1):
-        gradient = coef_e * e + coef_u * _u(*_coin(z - m, e, off, e_off)) - coef_1
+    def gradient_at(z, e, m, off, lost, e_off, coef_e, coef_u, coef_1):
+        gradient = coef_e * e + coef_u * _u(*_coin(z - m, e, off, lost, e_off)) - coef_1
         return gradient * (1 - (z / numbers.softcap).square()) if flags.softcap else gradient
 
     e = (z - m).exp() if e is None else e
-    rows = (m, off, (-off).exp(), coef_p * (-log_sum).exp())
+    rows = (m, *_offset(exp_sum, numbers), coef_p / exp_sum)
     if target.dim() == 2:
         y = _smoothed(target.to(z.dtype), numbers, num_classes)
         *rows, coef_u, scale = _loaded(*rows, coef_u, scale)
@@ -339,14 +352,15 @@ def _empty_gradient(logits: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The primitives. Their arguments end with the same options: log c, λ', ignore_index, ε, α, and the softcap or 0.
+# The primitives. Their arguments end with the same options: c, λ', ignore_index, ε, α, and the softcap or 0.
 
 
-def _prepared(logits, target, weight, log_c, reg_weight, ignore_index, label_smoothing, z_loss, softcap):
+def _prepared(logits, target, weight, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap):
     """Target and weight in the dtypes of the arithmetic, and the options as the passes take them."""
     dtype = compute_dtype(logits.dtype)
     numbers = Numbers(
-        log_c.to(dtype),
+        c.to(dtype),
+        c.double().log().to(dtype),
         reg_weight.to(dtype),
         torch.tensor(ignore_index),
         torch.tensor(label_smoothing, dtype=dtype),
@@ -389,16 +403,16 @@ def row_lse(
     logits: Tensor,  # (N, K)
     target: Tensor,  # (N,) class indices or (N, K) probabilities
     weight: Optional[Tensor],  # (K,)
-    log_c: Tensor,  # ()
+    c: Tensor,  # ()
     reg_weight: Tensor,  # ()
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
 ) -> Tensor:  # (5, N)
-    """m, log_sum, y_sum, yz_sum, omega of each row."""
+    """m, exp_sum, y_sum, yz_sum, omega of each row."""
     target, weight, numbers, flags = _prepared(
-        logits, target, weight, log_c, reg_weight, ignore_index, label_smoothing, z_loss, softcap
+        logits, target, weight, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap
     )
     return _by_blocks(logits, lambda rows, z, e: (_call(_lse_pass, flags, z, target[rows], weight, e, numbers),))[0]
 
@@ -408,7 +422,7 @@ def row_sums(
     logits: Tensor,  # (N, K)
     target: Tensor,  # (N,) or (N, K)
     stats: Tensor,  # (5, N), from row_lse
-    log_c: Tensor,  # ()
+    c: Tensor,  # ()
     reg_weight: Tensor,  # ()
     ignore_index: int,
     label_smoothing: float,
@@ -417,7 +431,7 @@ def row_sums(
 ) -> Tensor:  # (2, N)
     """s_sum and u_sum of each row."""
     target, _, numbers, flags = _prepared(
-        logits, target, None, log_c, reg_weight, ignore_index, label_smoothing, z_loss, softcap
+        logits, target, None, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap
     )
 
     def compute(rows, z, e):
@@ -431,7 +445,7 @@ def row_loss(
     logits: Tensor,  # (N, K)
     target: Tensor,  # (N,) or (N, K)
     weight: Optional[Tensor],  # (K,)
-    log_c: Tensor,  # ()
+    c: Tensor,  # ()
     reg_weight: Tensor,  # ()
     ignore_index: int,
     label_smoothing: float,
@@ -440,7 +454,7 @@ def row_loss(
 ) -> tuple[Tensor, Tensor]:  # losses (4, N), stats (7, N)
     """The losses of each row, and the statistics from which row_gradient goes on."""
     target, weight, numbers, flags = _prepared(
-        logits, target, weight, log_c, reg_weight, ignore_index, label_smoothing, z_loss, softcap
+        logits, target, weight, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap
     )
 
     def compute(rows, z, e):
@@ -459,7 +473,7 @@ def row_gradient(
     weight: Optional[Tensor],  # (K,)
     stats: Tensor,  # (7, N), from row_lse and row_sums
     scale: Tensor,  # (N,), what the gradient is multiplied by before it is rounded
-    log_c: Tensor,  # ()
+    c: Tensor,  # ()
     reg_weight: Tensor,  # ()
     ignore_index: int,
     label_smoothing: float,
@@ -467,7 +481,7 @@ def row_gradient(
     softcap: float,
 ) -> Tensor:  # (N, K), the dtype of logits
     """The gradient of scale * loss."""
-    options = (log_c, reg_weight, ignore_index, label_smoothing, z_loss, softcap)
+    options = (c, reg_weight, ignore_index, label_smoothing, z_loss, softcap)
     gradient = _empty_gradient(logits)
     _fill_gradient(gradient, logits, target, weight, stats, scale, *options)
     return gradient
@@ -479,7 +493,7 @@ def row_loss_and_gradient(
     target: Tensor,  # (N,) or (N, K)
     weight: Optional[Tensor],  # (K,)
     scale: Tensor,  # (N,)
-    log_c: Tensor,  # ()
+    c: Tensor,  # ()
     reg_weight: Tensor,  # ()
     ignore_index: int,
     label_smoothing: float,
@@ -487,7 +501,7 @@ def row_loss_and_gradient(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:  # losses (4, N), gradient (N, K)
     """The losses of each row and the gradient of scale * loss, from one read of the logits."""
-    options = (log_c, reg_weight, ignore_index, label_smoothing, z_loss, softcap)
+    options = (c, reg_weight, ignore_index, label_smoothing, z_loss, softcap)
     gradient = _empty_gradient(logits)
     return _losses_and_fill_gradient(gradient, logits, target, weight, scale, *options), gradient
 

@@ -96,22 +96,22 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        rows, target, weight, factor, backend, _, inplace, log_c, reg_weight, *options = inputs
+        rows, target, weight, factor, backend, _, inplace, c, reg_weight, *options = inputs
         _, losses, stats = output
         ctx.backend, ctx.inplace, ctx.options = backend, inplace, tuple(options)
         ctx.num_inputs = len(inputs)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses, stats)
-        ctx.save_for_backward(rows, target, weight, factor, log_c, reg_weight, stats)
+        ctx.save_for_backward(rows, target, weight, factor, c, reg_weight, stats)
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
         no_more = (None,) * (ctx.num_inputs - 1)
         if grad_loss is None:
             return None, *no_more
-        rows, target, weight, factor, log_c, reg_weight, stats = ctx.saved_tensors
+        rows, target, weight, factor, c, reg_weight, stats = ctx.saved_tensors
         scale = (factor * grad_loss).expand(rows.shape[0])
-        arguments = (target, weight, stats, scale, log_c, reg_weight, *ctx.options)
+        arguments = (target, weight, stats, scale, c, reg_weight, *ctx.options)
         if torch.compiler.is_compiling():
             return primitives(ctx.backend).row_gradient(rows, *arguments), *no_more
         if ctx.inplace and not _functional():
@@ -298,7 +298,7 @@ def self_regularized_entropy(
             denominator = sample_weights(target, weight, ignore_index).sum() if indices else rows.shape[0]
         factor = torch.as_tensor(denominator, dtype=dtype, device=input.device).detach().reciprocal()
     options = (
-        (one * c).log(),
+        one * c,
         reg_weight,
         int(ignore_index),
         float(label_smoothing),

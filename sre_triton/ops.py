@@ -12,8 +12,9 @@ A backend writes the five as Python functions on plain tensors and decorates eac
 eager code the function is then called as it is; inside ``torch.compile``, ``torch.export``, a ``torch.func``
 transform or a dispatch mode it is the registered op, with the fakes and the batching rule below.
 
-STATS, (7, N): m = max z, log_sum = log Σ exp(z - m), y_sum = Σ w y, yz_sum = Σ w y (z - m), omega (the sample's
-weight), s_sum = Σ (1 - y) h, u_sum = Σ (1 - y) u, all sums over the classes and y the smoothed target distribution.
+STATS, (7, N): m = max z, exp_sum = Σ exp(z - m), y_sum = Σ w y, yz_sum = Σ w y (z - m), omega (the sample's weight),
+h_sum = Σ (1 - y) h, u_sum = Σ (1 - y) u, all sums over the classes and y the smoothed target distribution. (The sum of
+exponentials and not its logarithm: one rounding of that, up to 5e-7, moves t = log(p / c) for all classes alike.)
 LOSSES, (4, N): loss, H, S, α lse² of each row, weighted by omega, before ``reg_weight`` and any division.
 """
 

@@ -1,0 +1,227 @@
+"""The numbers: every backend against 50 digits and float64, in easy and in hopeless rows."""
+
+import pytest
+import torch
+from helpers import OPTIONS, assert_within_bounds, loss_and_gradient, mp_truth, problem, truth
+
+from sre_triton import self_regularized_entropy
+
+both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+
+
+@both_targets
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_against_mpmath(name, probabilities, quick_backend):
+    logits, target, options = problem(3, 9, OPTIONS[name], probabilities=probabilities, spread=6)
+    options["reduction"] = "none"
+    loss, parts, gradient = loss_and_gradient(logits, target, backend=quick_backend, **options)
+    rows, gradients = mp_truth(logits, target, options)
+    torch.testing.assert_close(torch.stack([loss, *parts], 1).double(), rows, rtol=3e-6, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), gradients, rtol=2e-5, atol=1e-6)
+
+
+@both_targets
+@pytest.mark.parametrize("name", ["default", "all"])
+def test_compiled_options_against_mpmath(name, probabilities):
+    test_options_against_mpmath(name, probabilities, "compile")
+
+
+@both_targets
+@pytest.mark.parametrize("recompute", [False, True], ids=["single pass", "recompute"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_float64_is_float64(reduction, recompute, probabilities, uncompiled):
+    logits, target, options = problem(5, 11, OPTIONS["all"], probabilities=probabilities, dtype=torch.float64)
+    options |= {"reduction": reduction}
+    loss, parts, gradient = loss_and_gradient(logits, target, backend="compile", recompute=recompute, **options)
+    true_loss, true_parts, true_gradient = truth(logits, target, **options)
+    torch.testing.assert_close(torch.stack([loss, *parts]), torch.stack([true_loss, *true_parts]))
+    torch.testing.assert_close(gradient, true_gradient)
+    assert loss.dtype == gradient.dtype == torch.float64
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 7, 8, 9, 123, 507, 1000, 1823, 5003, 50257])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 20.0])
+def test_bounds_for_every_number_of_classes(K, spread, backend):
+    logits, target, _ = problem(5, K, {}, spread=spread)
+    assert_within_bounds(logits, target, backend)
+
+
+@pytest.mark.parametrize("lead", [-50.0, 10.0, 16.0, 25.0, 29.0, 33.0, 80.0])
+@pytest.mark.parametrize("K", [2, 1000])
+def test_bounds_where_the_target_leads(lead, K, backend):
+    logits, target, _ = problem(4, K, {}, spread=1.0)
+    logits[torch.arange(4), target] += lead
+    assert_within_bounds(logits, target, backend)
+
+
+@pytest.mark.parametrize("offset", [-1000.0, 1000.0, 1e6])
+def test_bounds_at_a_large_offset(offset, backend):
+    logits, target, _ = problem(4, 1000, {})
+    assert_within_bounds(logits + offset, target, backend)
+
+
+def test_bounds_where_the_gradient_of_the_regularizer_cancels(backend):
+    logits, target, _ = problem(2, 131072, {}, spread=3.0)
+    assert_within_bounds(logits, target, backend)
+
+
+@pytest.mark.parametrize("c", [1e-30, 1e-12, 1e-3, 1.0])
+def test_bounds_for_every_c(c, backend):
+    logits, target, _ = problem(4, 500, {}, spread=8.0)
+    assert_within_bounds(logits, target, backend, c=c)
+
+
+@both_targets
+@pytest.mark.parametrize("recompute", [False, True], ids=["single pass", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gradients_are_rounded_once(dtype, recompute, probabilities, uncompiled):
+    logits, target, options = problem(64, 300, {"class_mean": True}, probabilities=probabilities, dtype=dtype)
+    loss, _, gradient = loss_and_gradient(logits, target, recompute=recompute, **options)
+    wide_loss, _, wide_gradient = loss_and_gradient(logits.float(), target, **options)
+    assert loss.dtype == torch.float32
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(loss, wide_loss)
+    spacing = torch.nextafter(wide_gradient.to(dtype).abs(), torch.tensor(torch.inf, dtype=dtype)).float()
+    spacing = spacing - wide_gradient.to(dtype).abs().float()
+    assert ((gradient.float() - wide_gradient).abs() <= 1.01 * spacing).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_compiled_half_precision(dtype):
+    logits, target, _ = problem(64, 300, {}, dtype=dtype)
+    for recompute in (False, True):
+        loss, _, gradient = loss_and_gradient(logits, target, recompute=recompute, backend="compile")
+        true_loss, _, true_gradient = truth(logits, target)
+        assert abs(loss - true_loss) <= 2e-6 * true_loss.abs() + 3e-7
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient.double(), true_gradient, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_scale_is_applied_before_rounding(quick_backend):
+    # 1/N of a gradient of 1e-3 is below what float16 holds; times the loss scale it is not.
+    logits, target, _ = problem(4096, 10, {}, spread=0.1, dtype=torch.float16)
+    scale = torch.tensor(65536.0)
+    _, _, gradient = loss_and_gradient(logits, target, backend=quick_backend, upstream=scale)
+    _, _, true_gradient = truth(logits, target, upstream=scale.double())
+    torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-3, atol=1e-6)
+    _, _, gradient = loss_and_gradient(logits, target, backend=quick_backend, denominator=1e-3, recompute=False)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("masked", [1, 500, 999])
+def test_masked_classes(masked, backend):
+    logits, target, _ = problem(6, 1000, {}, spread=2.0)
+    target = target % (1000 - masked)
+    logits[:, 1000 - masked :] = -torch.inf
+    loss, parts, gradient = loss_and_gradient(logits, target, backend=backend)
+    kept_loss, kept_parts, kept_gradient = truth(logits[:, : 1000 - masked], target)
+    torch.testing.assert_close(loss.double(), kept_loss, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(parts.regularizer.double(), kept_parts.regularizer, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(gradient[:, : 1000 - masked].double(), kept_gradient, rtol=1e-4, atol=1e-6)
+    assert (gradient[:, 1000 - masked :] == 0).all()
+
+
+def test_masked_class_with_probability_zero(quick_backend):
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]])
+    target = torch.tensor([[0.25, 0.75, 0.0]])
+    loss, _, gradient = loss_and_gradient(logits, target, backend=quick_backend)
+    true_loss, _, true_gradient = truth(logits[:, :2], target[:, :2])
+    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient[:, :2].double(), true_gradient, rtol=1e-5, atol=1e-6)
+    assert gradient[0, 2] == 0
+
+
+def test_masked_target_is_infinitely_wrong(backend):
+    logits = torch.zeros(2, 4)
+    logits[0, 1] = -torch.inf
+    loss, parts, gradient = loss_and_gradient(logits, torch.tensor([1, 1]), backend=backend, reduction="none")
+    assert loss[0] == torch.inf
+    assert parts.cross_entropy[0] == torch.inf
+    assert torch.isfinite(loss[1])
+    assert torch.isfinite(gradient).all()
+
+
+@both_targets
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_poison_stays_in_its_row(value, probabilities, backend):
+    logits, target, _ = problem(5, 200, {}, probabilities=probabilities)
+    logits[2, 17] = value
+    loss, parts, gradient = loss_and_gradient(logits, target, backend=backend, reduction="none")
+    others = torch.arange(5) != 2
+    assert loss[2].isnan()
+    assert parts.cross_entropy[2].isnan()
+    assert gradient[2].isnan().all()
+    true_loss, _, true_gradient = truth(logits[others], target[others], reduction="none")
+    torch.testing.assert_close(loss[others].double(), true_loss, rtol=5e-6, atol=1e-6)
+    torch.testing.assert_close(gradient[others].double(), true_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_of_minus_infinity_is_nan(backend):
+    logits = torch.full((2, 100), -torch.inf)
+    logits[1] = 0
+    loss, _, _ = loss_and_gradient(logits, torch.tensor([3, 3]), backend=backend, reduction="none")
+    assert loss[0].isnan()
+    assert loss[1].isfinite()
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["single pass", "recompute"])
+def test_ignored_rows_are_selected_away(recompute, backend):
+    logits, target, _ = problem(6, 200, {})
+    logits[1], logits[4, 3] = torch.nan, torch.inf
+    target[[1, 4]] = -100
+    kept = torch.tensor([0, 2, 3, 5])
+    loss, parts, gradient = loss_and_gradient(logits, target, backend=backend, recompute=recompute)
+    true_loss, true_parts, true_gradient = truth(logits[kept], target[kept])
+    torch.testing.assert_close(loss.double(), true_loss, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(torch.stack(parts).double(), torch.stack(true_parts), rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(gradient[kept].double(), true_gradient, rtol=1e-4, atol=1e-6)
+    assert (gradient[[1, 4]] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["default", "label_smoothing", "weight+smoothing", "z_loss"])
+def test_gradient_rows_sum_to_zero(name, quick_backend):
+    logits, target, options = problem(6, 300, OPTIONS[name])
+    _, _, gradient = loss_and_gradient(logits, target, backend=quick_backend, reduction="sum", **options)
+    total = gradient.double().sum(1)
+    if name == "z_loss":
+        lse = logits.double().logsumexp(1)
+        total = total - 2 * options["z_loss"] * lse
+    assert total.abs().max() <= 3e-6 * gradient.abs().sum(1).max()
+
+
+def test_shifting_the_logits_changes_nothing(quick_backend):
+    logits, target, _ = problem(6, 300, {})
+    logits = logits.round(decimals=2)
+    logits = (logits * 64).round() / 64  # so that the shift is exact
+    loss, _, gradient = loss_and_gradient(logits, target, backend=quick_backend)
+    shifted_loss, _, shifted_gradient = loss_and_gradient(logits + 512, target, backend=quick_backend)
+    torch.testing.assert_close(shifted_loss, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(shifted_gradient, gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_permuting_classes_permutes_the_gradient(quick_backend):
+    logits, target, options = problem(6, 300, OPTIONS["all"])
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    loss, _, gradient = loss_and_gradient(logits, target, backend=quick_backend, **options)
+    options["weight"] = options["weight"][order]
+    moved_loss, _, moved = loss_and_gradient(logits[:, order], order.argsort()[target], backend=quick_backend, **options)
+    torch.testing.assert_close(moved_loss, loss)
+    torch.testing.assert_close(moved, gradient[:, order], rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.2, 1.0])
+def test_label_smoothing_equals_probabilities(epsilon, quick_backend):
+    logits, target, _ = problem(6, 30, {})
+    smoothed = (1 - epsilon) * torch.nn.functional.one_hot(target, 30).float() + epsilon / 30
+    first = loss_and_gradient(logits, target, label_smoothing=epsilon, backend=quick_backend)
+    second = loss_and_gradient(logits, smoothed, backend=quick_backend)
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-7)
+
+
+def test_every_wrong_class_is_pushed_to_c():
+    # At p = c for all wrong classes, S is at its maximum, (K - 1) log 2.
+    K, c = 11, 1e-7
+    logits = torch.full((1, K), c).log()
+    logits[0, 3] = torch.tensor(1 - (K - 1) * c).log()
+    _, parts = self_regularized_entropy(logits, torch.tensor([3]), return_parts=True)
+    torch.testing.assert_close(parts.regularizer, (K - 1) * torch.tensor(2.0).log())
