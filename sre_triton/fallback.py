@@ -148,7 +148,7 @@ def _sums_of_h_and_u(d: Tensor, e: Tensor, *offset: Tensor) -> tuple[Tensor, Ten
     four comes after them (four to seven classes, as a slice of none or one would be a compilation of its own).
     """
     num_classes = d.shape[1]
-    if num_classes < 8:
+    if num_classes < 12:
         h, u = _h_and_u(d, e, *offset)
         return h.sum(1, keepdim=True), u.sum(1, keepdim=True)
     quarter = num_classes // 4 - 1
@@ -308,6 +308,7 @@ def _by_blocks(logits: Tensor, compute: Callable) -> list[Tensor]:
     # At least two rows a block: a dimension of one is a compilation of its own.
     num_blocks = max(1, min(num_rows * num_classes * dtype.itemsize // BLOCK_BYTES, num_rows // 2))
     bounds = [num_rows * i // num_blocks for i in range(num_blocks + 1)]
+    logits = logits.detach()
     scratch = logits.new_empty(-(-num_rows // num_blocks), num_classes, dtype=dtype)
     with torch.no_grad():
         parts = [

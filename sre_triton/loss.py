@@ -253,12 +253,14 @@ def self_regularized_entropy(
     )
     check_tensors(input, target, weight, ignore_index)
     indices = target.shape != input.shape
-    num_classes = input.shape[min(1, input.dim() - 1)]
+    dim = min(1, input.dim() - 1)
+    num_classes = input.shape[dim]
     if indices:
         check_range(target, num_classes, ignore_index)
     wants_gradient = torch.is_grad_enabled() and input.requires_grad
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if inplace and wants_gradient:
+    inplace = inplace and wants_gradient and not torch.compiler.is_compiling()
+    if inplace:
         check_inplace(input)
     if class_mean is None:
         check_many_classes(num_classes, reg_weight)
@@ -283,7 +285,7 @@ def self_regularized_entropy(
         return (loss, parts) if return_parts else loss
 
     dtype = compute_dtype(input.dtype)
-    shape = target.shape if indices else input.shape[:1][: input.dim() - 1] + input.shape[2:]
+    shape = input.shape[:dim] + input.shape[dim + 1 :]
     rows = _as_rows(input)
     target = target.flatten() if indices else _as_rows(target)
     # λ' and the mean over the classes are one number.
@@ -307,7 +309,7 @@ def self_regularized_entropy(
     )
 
     if wants_gradient or transformed:
-        inplace = inplace and wants_gradient and not torch.compiler.is_compiling() and _own_rows(rows)
+        inplace = inplace and _own_rows(rows)
         if not wants_gradient:
             recompute = True
         elif recompute is None:

@@ -73,7 +73,8 @@ def sample_weights(
     if weight is None:
         return counted
     counted = counted & (target >= 0) & (target < weight.shape[0])
-    return torch.where(counted, weight.detach()[torch.where(counted, target, 0).long()], 0)
+    weight = weight.detach().to(compute_dtype(weight.dtype))
+    return torch.where(counted, weight[torch.where(counted, target, 0).long()], 0)
 
 
 def self_regularized_entropy(
@@ -97,8 +98,8 @@ def self_regularized_entropy(
     num_classes = input.shape[dim]
 
     indices = target.shape != input.shape
-    ignored = (target == ignore_index) if indices else torch.zeros((), dtype=torch.bool, device=input.device)
-    ignored = ignored.expand(input.shape[:dim] + input.shape[dim + 1 :])
+    shape = input.shape[:dim] + input.shape[dim + 1 :]
+    ignored = (target == ignore_index).reshape(shape) if indices else torch.zeros(shape, device=input.device).bool()
     z = torch.where(ignored.unsqueeze(dim), 0, input.to(dtype))
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -125,7 +126,7 @@ def self_regularized_entropy(
 
     rows = torch.where(ignored, 0, torch.stack([cross_entropy, regularizer, z_penalty]))
     if reduction != "none":
-        rows = rows.sum(dim=tuple(range(1, rows.dim())))
+        rows = torch.stack([part.sum() for part in rows])
     if reduction == "mean":
         if denominator is None:
             denominator = sample_weights(target, weight, ignore_index).sum() if indices else ignored.numel()
@@ -147,5 +148,6 @@ def source_formula(input: Tensor, target: Tensor, c: float = 1e-7) -> Tensor:
     a, b = c / (c + p), p / (c + p)
     R = a * torch.log(a) + b * torch.log(b)
     H = -torch.log(p.gather(1, target[:, None])).squeeze(1)
-    S = -(R.sum(1) - R.gather(1, target[:, None]).squeeze(1))
+    wrong = torch.arange(input.shape[1], device=input.device) != target[:, None]
+    S = -(R * wrong).sum(1)
     return (H - S).mean()

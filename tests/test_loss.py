@@ -1,0 +1,430 @@
+"""The public contract, sentence by sentence, apart from the numbers themselves."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import OPTIONS, loss_and_gradient, problem, truth
+from torch.nn.parallel import DistributedDataParallel
+
+from sre_triton import Parts, SelfRegularizedEntropyLoss, checks, fallback, self_regularized_entropy
+
+modes = pytest.mark.parametrize("recompute", [False, True], ids=["single pass", "recompute"])
+
+
+@pytest.fixture
+def rows():
+    logits, target, _ = problem(6, 20, {})
+    return logits.requires_grad_(), target
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(20,), (6, 20), (2, 20, 3)], ids=str)
+def test_parts_are_detached_and_add_up(shape, reduction, quick_backend):
+    dim = min(1, len(shape) - 1)
+    logits = torch.randn(shape).requires_grad_()
+    target = torch.randint(20, shape[:dim] + shape[dim + 1 :])
+    keywords = {"reg_weight": 0.5, "z_loss": 0.1, "class_mean": True, "reduction": reduction, "backend": quick_backend}
+    loss, parts = self_regularized_entropy(logits, target, return_parts=True, **keywords)
+    assert isinstance(parts, Parts)
+    assert loss.requires_grad
+    assert not any(part.requires_grad for part in parts)
+    assert all(part.shape == loss.shape for part in parts)
+    torch.testing.assert_close(loss.detach(), parts.cross_entropy - 0.5 * parts.regularizer + parts.z_loss)
+    torch.testing.assert_close(self_regularized_entropy(logits, target, **keywords), loss)
+
+
+def test_reg_weight_as_tensor_gets_no_gradient(rows, quick_backend):
+    logits, target = rows
+    reg_weight = torch.tensor(0.3, requires_grad=True)
+    loss = self_regularized_entropy(logits, target, reg_weight=reg_weight, backend=quick_backend)
+    loss.backward()
+    assert reg_weight.grad is None
+    torch.testing.assert_close(loss, self_regularized_entropy(logits, target, reg_weight=0.3, backend=quick_backend))
+
+
+@pytest.mark.parametrize("denominator", [7, 2.5, torch.tensor(4), torch.tensor(3.0)], ids=str)
+def test_denominator(denominator, rows, quick_backend):
+    logits, target = rows
+    mean = loss_and_gradient(logits, target, denominator=denominator, backend=quick_backend)
+    total = loss_and_gradient(logits, target, reduction="sum", backend=quick_backend)
+    torch.testing.assert_close(mean[0], total[0] / denominator)
+    torch.testing.assert_close(torch.stack(mean[1]), torch.stack(total[1]) / denominator)
+    torch.testing.assert_close(mean[2], total[2] / denominator)
+
+
+def test_gradient_accumulation_equals_one_batch(quick_backend):
+    logits, target, _ = problem(8, 20, {})
+    target[[1, 2, 6]] = -100
+    items = (target != -100).sum()
+    _, _, whole = loss_and_gradient(logits, target, backend=quick_backend)
+    parts = [
+        loss_and_gradient(logits[i : i + 4], target[i : i + 4], denominator=items, backend=quick_backend)[2]
+        for i in (0, 4)
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_class_mean_divides_by_the_wrong_classes(rows, quick_backend):
+    logits, target = rows
+    _, plain = self_regularized_entropy(logits, target, return_parts=True, backend=quick_backend)
+    _, mean = self_regularized_entropy(logits, target, class_mean=True, return_parts=True, backend=quick_backend)
+    torch.testing.assert_close(mean.regularizer, plain.regularizer / 19)
+    one = torch.randn(3, 1)
+    loss, parts = self_regularized_entropy(one, torch.zeros(3).long(), class_mean=True, return_parts=True)
+    assert loss == 0
+    assert parts.regularizer == 0
+
+
+def test_warns_once_of_many_classes(monkeypatch, uncompiled):
+    target = torch.tensor([3])
+
+    def warned(K, **keywords):
+        monkeypatch.setattr(checks, "_warned_of_many_classes", False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                self_regularized_entropy(torch.zeros(1, K), target, **keywords)
+        assert all("class_mean=True" in str(warning.message) for warning in caught)
+        assert all(warning.filename == __file__ for warning in caught)
+        return len(caught)
+
+    assert warned(256) == 1
+    assert warned(255) == 0
+    for keywords in ({"class_mean": True}, {"class_mean": False}, {"reg_weight": 0.5}):
+        assert warned(1000, **keywords) == 0
+
+
+def test_out_of_range_target_while_compiling_spoils_its_own_row_only(backend):
+    logits, target, _ = problem(4, 20, {})
+    target[1], target[2] = 20, -7
+    loss = torch.compile(
+        lambda z: self_regularized_entropy(z, target, backend=backend), fullgraph=True, backend="aot_eager"
+    )
+    leaf = logits.clone().requires_grad_()
+    value = loss(leaf)
+    value.backward()
+    assert value.isnan()
+    assert leaf.grad[[1, 2]].isnan().all()
+    _, _, gradient = loss_and_gradient(logits[[0, 3]], target[[0, 3]], denominator=4)
+    torch.testing.assert_close(leaf.grad[[0, 3]], gradient)
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+def test_gradcheck(uncompiled):
+    logits, target, options = problem(3, 5, OPTIONS["all"], dtype=torch.float64)
+    for reduction in ("mean", "none"):
+
+        def loss(z, reduction=reduction):
+            return self_regularized_entropy(z, target, recompute=True, reduction=reduction, **options)
+
+        assert torch.autograd.gradcheck(loss, logits.requires_grad_(), fast_mode=True)
+
+
+@modes
+@pytest.mark.parametrize("factor", [1.0, 3.0, 0.0])
+def test_upstream_gradient(factor, recompute, rows, quick_backend):
+    logits, target = rows
+    _, _, gradient = loss_and_gradient(
+        logits, target, upstream=torch.tensor(factor), recompute=recompute, backend=quick_backend
+    )
+    torch.testing.assert_close(gradient.double(), factor * truth(logits, target)[2], rtol=1e-4, atol=1e-7)
+
+
+def test_second_backward_in_a_single_pass_names_recompute(rows):
+    logits, target = rows
+    for retain in (False, True):
+        loss = self_regularized_entropy(logits, target)
+        loss.backward(retain_graph=retain)
+        with pytest.raises(RuntimeError, match="recompute=True"):
+            loss.backward()
+
+
+def test_second_backward_works_with_recompute(rows):
+    logits, target = rows
+    loss = self_regularized_entropy(logits, target, recompute=True)
+    loss.backward(retain_graph=True)
+    once = logits.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(logits.grad, 2 * once)
+
+
+@modes
+def test_double_backward_names_eager(recompute, rows):
+    logits, target = rows
+    loss = self_regularized_entropy(logits, target, recompute=recompute)
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    torch.testing.assert_close(gradient, truth(logits, target)[2].float())
+    with pytest.raises(RuntimeError, match="backend='eager'"):
+        gradient.square().sum().backward()
+
+
+def test_eager_is_differentiable_twice():
+    logits, target, _ = problem(3, 5, {}, dtype=torch.float64)
+    leaf = logits.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda z: self_regularized_entropy(z, target, backend="eager"), leaf)
+
+
+def test_stored_gradient_is_handed_over_without_a_copy(rows, monkeypatch, uncompiled):
+    stored = []
+    allocate = fallback._empty_gradient
+    monkeypatch.setattr(fallback, "_empty_gradient", lambda z: stored.append(allocate(z)) or stored[-1])
+    logits, target = rows
+    self_regularized_entropy(logits, target).backward(torch.tensor(2.0))
+    assert [buffer.data_ptr() for buffer in stored] == [logits.grad.data_ptr()]
+    assert logits.grad.grad_fn is None
+
+
+def test_no_gradient_is_computed_that_nobody_wants(rows, monkeypatch, uncompiled):
+    monkeypatch.setattr(fallback, "_empty_gradient", lambda z: pytest.fail("a gradient was computed"))
+    logits, target = rows
+    expected = truth(logits, target)[0].float()
+    with torch.no_grad():
+        torch.testing.assert_close(self_regularized_entropy(logits, target, inplace=True), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(self_regularized_entropy(logits, target), expected)
+    torch.testing.assert_close(self_regularized_entropy(logits.detach(), target), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reduction", "recomputes"),
+    [
+        (torch.float32, "mean", False),
+        (torch.bfloat16, "sum", False),
+        (torch.float16, "mean", True),
+        (torch.float32, "none", True),
+    ],
+    ids=str,
+)
+def test_recompute_chosen_by_dtype_and_reduction(dtype, reduction, recomputes, rows, uncompiled):
+    logits, target = rows
+    logits = logits.detach().to(dtype).requires_grad_()
+    loss = self_regularized_entropy(logits, target, reduction=reduction).sum()
+    loss.backward(retain_graph=True)
+    if recomputes:
+        loss.backward()
+    else:
+        with pytest.raises(RuntimeError, match="recompute=True"):
+            loss.backward()
+
+
+def test_loss_may_be_changed_in_place(rows, quick_backend):
+    logits, target = rows
+    for reduction in ("mean", "none"):
+        loss = self_regularized_entropy(logits, target, reduction=reduction, backend=quick_backend)
+        loss /= 2
+        loss.sum().backward()
+
+
+# -- inplace ----------------------------------------------------------------------------------------------------------
+
+
+@modes
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("view", ["itself", "view", "columns"])
+def test_inplace_takes_the_storage_of_the_logits(view, reduction, recompute, uncompiled):
+    source, target, _ = problem(6, 20, {})
+    source.requires_grad_()
+    logits = source * 1.0
+    seen = {"itself": lambda: logits, "view": lambda: logits.view(-1, 20), "columns": lambda: logits[:, :15]}[view]()
+    target = target % seen.shape[1]
+    values, version = seen.detach().clone(), logits._version
+    caught = []
+    logits.register_hook(lambda gradient: caught.append(gradient.clone()))
+    loss = self_regularized_entropy(seen, target, inplace=True, recompute=recompute, reduction=reduction)
+    if recompute:
+        assert logits._version == version
+    loss.sum().backward()
+    assert logits._version > version
+    _, _, gradient = loss_and_gradient(values, target, reduction=reduction)
+    torch.testing.assert_close(seen.detach(), gradient)
+    torch.testing.assert_close(caught[0][:, : seen.shape[1]], gradient)
+    torch.testing.assert_close(source.grad[:, : seen.shape[1]], gradient)
+
+
+def test_inplace_is_seen_by_autograd(uncompiled):
+    source, target, _ = problem(6, 20, {})
+    logits = source.requires_grad_().exp()  # whose backward reads its output
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        self_regularized_entropy(logits, target, inplace=True).backward()
+
+
+def test_inplace_refuses_leaves_and_transforms(rows):
+    logits, target = rows
+    for leaf in (logits, logits.view(-1, 20)):
+        with pytest.raises(ValueError, match="inplace: expected False for logits that are a leaf"):
+            self_regularized_entropy(leaf, target, inplace=True)
+    with pytest.raises(ValueError, match=r"inplace: expected False under torch.func"):
+        torch.func.grad(lambda z: self_regularized_entropy(z, target, inplace=True))(logits.detach())
+
+
+def test_without_inplace_the_logits_stay(rows, quick_backend):
+    logits, target = rows
+    values, version = logits.detach().clone(), logits._version
+    self_regularized_entropy(logits * 1, target, backend=quick_backend).backward()
+    self_regularized_entropy(logits, target, backend=quick_backend).backward()
+    assert torch.equal(logits.detach(), values)
+    assert logits._version == version
+
+
+def test_inplace_on_overlapping_rows_is_out_of_place(uncompiled):
+    source = torch.randn(1, 20).requires_grad_()
+    logits = (source * 1).expand(4, 20)
+    self_regularized_entropy(logits, torch.arange(4), inplace=True).backward()
+    expected = source.detach().clone().requires_grad_()
+    self_regularized_entropy(expected.expand(4, 20), torch.arange(4)).backward()
+    torch.testing.assert_close(source.grad, expected.grad)
+
+
+# -- with the rest of PyTorch -----------------------------------------------------------------------------------------
+
+
+@modes
+@pytest.mark.parametrize("name", ["default", "all"])
+def test_fullgraph_compile(name, recompute, backend):
+    torch.compiler.reset()
+    logits, target, options = problem(6, 20, OPTIONS[name])
+    options |= {"recompute": recompute, "backend": backend, "return_parts": True}
+    compiled = torch.compile(lambda z, t: self_regularized_entropy(z, t, **options), fullgraph=True)
+    _, _, gradient = truth(logits, target, **{name: options[name] for name in options if name in OPTIONS["all"]})
+    for dtype in (torch.float32, torch.bfloat16) if name == "default" else (torch.float32,):
+        leaf = logits.detach().clone().to(dtype).requires_grad_()
+        loss, parts = compiled(leaf, target)
+        loss.backward(torch.tensor(2.0))
+        eager_loss, eager_parts = self_regularized_entropy(leaf.detach(), target, **options)
+        torch.testing.assert_close((loss.detach(), *parts), (eager_loss, *eager_parts))
+        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(leaf.grad.double(), 2 * gradient, rtol=tolerance, atol=tolerance / 100)
+
+
+def test_compiled_graph_is_not_compiled_again_for_another_reg_weight(uncompiled):
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    logits, target, _ = problem(6, 20, {})
+    compiled = torch.compile(
+        lambda z, weight: self_regularized_entropy(z, target, reg_weight=weight), fullgraph=True, backend=counter
+    )
+    for value in (0.1, 0.2, 0.3, 0.4):
+        loss = compiled(logits, torch.tensor(value))
+        torch.testing.assert_close(loss, self_regularized_entropy(logits, target, reg_weight=value))
+    assert counter.frame_count == 1
+
+
+def test_compiling_ignores_inplace(uncompiled):
+    torch.compiler.reset()
+    logits, target, _ = problem(6, 20, {})
+    leaf = logits.clone().requires_grad_()
+    torch.compile(lambda z: self_regularized_entropy(z, target, inplace=True), backend="aot_eager")(leaf).backward()
+    assert torch.equal(leaf.detach(), logits)
+
+
+@modes
+def test_functorch(recompute, rows, quick_backend):
+    logits, target = rows[0].detach(), rows[1]
+    keywords = {"recompute": recompute, "backend": quick_backend}
+    _, _, gradient = loss_and_gradient(logits, target, reduction="sum", backend="eager")
+
+    def loss(z, t):
+        return self_regularized_entropy(z, t, **keywords)
+
+    torch.testing.assert_close(torch.func.grad(loss)(logits, target), gradient / 6)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(logits, target), gradient)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(logits[:, None], target[:, None])[:, 0], gradient)
+    torch.testing.assert_close(
+        torch.vmap(loss, in_dims=(None, 1))(logits, torch.stack([target, target.flip(0)], 1)),
+        torch.stack([loss(logits, target), loss(logits, target.flip(0))]),
+    )
+    batched = torch.vmap(lambda weight: self_regularized_entropy(logits, target, reg_weight=weight, **keywords))
+    expected = [self_regularized_entropy(logits, target, reg_weight=weight, **keywords) for weight in (0.0, 2.0)]
+    torch.testing.assert_close(batched(torch.tensor([0.0, 2.0])), torch.stack(expected))
+    jacobian = torch.func.jacrev(lambda z: self_regularized_entropy(z, target, reduction="none", **keywords))(logits)
+    torch.testing.assert_close(jacobian.diagonal(dim1=0, dim2=1).T, gradient)
+
+
+@modes
+def test_functorch_says_no_to_second_derivatives(recompute, rows):
+    logits, target = rows[0].detach(), rows[1]
+
+    def norm(z):
+        return torch.func.grad(lambda z: self_regularized_entropy(z, target, recompute=recompute))(z).norm()
+
+    with pytest.raises(RuntimeError, match="backend='eager'"):
+        torch.func.grad(norm)(logits)
+    with pytest.raises(NotImplementedError):
+        torch.func.jvp(lambda z: self_regularized_entropy(z, target, recompute=recompute), (logits,), (logits,))
+    with pytest.raises(NotImplementedError), torch.autograd.forward_ad.dual_level():
+        self_regularized_entropy(torch.autograd.forward_ad.make_dual(logits, logits), target)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype, uncompiled):
+    layer, features = torch.nn.Linear(8, 20), torch.randn(6, 8)
+    weight = torch.rand(20)
+    target = torch.arange(6)
+    with torch.autocast("cpu", dtype=dtype):
+        logits = layer(features)
+        ours = self_regularized_entropy(logits, target, weight, reg_weight=0)
+        theirs = F.cross_entropy(logits, target, weight)
+    assert logits.dtype == dtype
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs)
+    ours.backward()
+    assert torch.isfinite(layer.weight.grad).all()
+
+
+def test_grad_scaler_saves_small_half_precision_gradients(uncompiled):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    logits, target, _ = problem(4096, 10, {}, spread=0.1)
+    weight = torch.eye(10).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = self_regularized_entropy(logits @ weight, target)
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    expected = torch.eye(10, dtype=torch.float64).requires_grad_()
+    self_regularized_entropy(logits.double() @ expected, target).backward()
+    torch.testing.assert_close(weight.grad.double(), expected.grad, rtol=5e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@modes
+def test_activation_checkpointing(recompute, use_reentrant, rows, uncompiled):
+    logits, target = rows
+    loss = torch.utils.checkpoint.checkpoint(
+        lambda z: self_regularized_entropy(z * 1, target, recompute=recompute), logits, use_reentrant=use_reentrant
+    )
+    loss.backward()
+    torch.testing.assert_close(logits.grad.double(), truth(logits, target)[2], rtol=1e-4, atol=1e-7)
+
+
+def test_distributed_data_parallel(tmp_path, uncompiled):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        layer, features, target = torch.nn.Linear(8, 20), torch.randn(6, 8), torch.arange(6)
+        alone = copy.deepcopy(layer)
+        criterion = SelfRegularizedEntropyLoss()
+        criterion(DistributedDataParallel(layer)(features), target).backward()
+        criterion(alone(features), target).backward()
+        torch.testing.assert_close(layer.weight.grad, alone.weight.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_deterministic(quick_backend):
+    logits, target, options = problem(64, 300, OPTIONS["all"])
+    first, second = (loss_and_gradient(logits, target, backend=quick_backend, **options) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[2], second[2])
+
+
+def test_exports(rows):
+    logits, target = rows[0].detach(), rows[1]
+    program = torch.export.export(SelfRegularizedEntropyLoss(), (logits, target))
+    torch.testing.assert_close(program.module()(logits, target), self_regularized_entropy(logits, target))
