@@ -23,4 +23,6 @@ from .loss import self_regularized_entropy
 from .modules import SelfRegularizedEntropyLoss
 from .reference import Parts
 
+__version__ = "0.1.0"
+
 __all__ = ["Parts", "SelfRegularizedEntropyLoss", "self_regularized_entropy"]

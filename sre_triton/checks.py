@@ -39,7 +39,8 @@ def _is_number(value: object) -> bool:
 def _check_number(argument: str, value: object, low: float, high: float, expected: str) -> None:
     if not _is_number(value):
         raise _wrong(TypeError, argument, expected, value)
-    if not low <= value <= high:
+    # A comparison of NumPy's scalars with these bounds may overflow. Converting others would lose their symbols.
+    if not low <= (value if isinstance(value, (int, float)) else float(value)) <= high:
         raise _wrong(ValueError, argument, expected, value)
 
 
@@ -178,7 +179,6 @@ def check_inplace(input: Tensor) -> None:
 _warned_of_many_classes = False
 
 
-@torch.compiler.assume_constant_result  # While compiling it runs once, as the graph is traced.
 def _warn_of_many_classes() -> None:
     global _warned_of_many_classes
     if not _warned_of_many_classes:
@@ -190,6 +190,11 @@ def _warn_of_many_classes() -> None:
             UserWarning,
             stacklevel=4,
         )
+
+
+# While compiling it runs once, as the graph is traced. (torch.compiler.assume_constant_result sets no more than this
+# attribute, but importing it loads Dynamo.)
+_warn_of_many_classes._dynamo_marked_constant = True
 
 
 def check_many_classes(num_classes: int, reg_weight: float | Tensor) -> None:

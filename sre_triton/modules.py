@@ -65,4 +65,7 @@ class SelfRegularizedEntropyLoss(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """The options that are not the defaults."""
-        return ", ".join(f"{name}={value!r}" for name, value in self._options().items() if value is not _DEFAULTS[name])
+        changed = (
+            item for item in self._options().items() if isinstance(item[1], Tensor) or item[1] != _DEFAULTS[item[0]]
+        )
+        return ", ".join(f"{name}={value!r}" for name, value in changed)

@@ -19,7 +19,14 @@ def compilations():
 
 def options_of(**options):
     """The primitives' last arguments."""
-    defaults = {"c": 1e-7, "reg_weight": 1.0, "ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": 0.0}
+    defaults = {
+        "c": 1e-7,
+        "reg_weight": 1.0,
+        "ignore_index": -100,
+        "label_smoothing": 0.0,
+        "z_loss": 0.0,
+        "softcap": 0.0,
+    }
     values = defaults | {name: value for name, value in options.items() if name in defaults}
     c, reg_weight, *rest = values.values()
     return torch.tensor(c, dtype=torch.float64), torch.tensor(reg_weight), *rest
@@ -75,7 +82,13 @@ def test_twelve_sets_of_options_stay_compiled(fresh):
 def test_numbers_are_not_compiled_in(fresh):
     logits, target, _ = problem(33, 200, {})
     for value in (0.1, 0.2, 0.3):
-        keywords = {"c": value / 1e6, "reg_weight": value, "z_loss": value, "label_smoothing": value, "softcap": 9 * value}
+        keywords = {
+            "c": value / 1e6,
+            "reg_weight": value,
+            "z_loss": value,
+            "label_smoothing": value,
+            "softcap": 9 * value,
+        }
         loss, _, _ = loss_and_gradient(logits, target, backend="compile", ignore_index=int(10 * value), **keywords)
         true_loss, _, _ = truth(logits, target, ignore_index=int(10 * value), **keywords)
         torch.testing.assert_close(loss.double(), true_loss, rtol=5e-6, atol=1e-6)

@@ -204,7 +204,9 @@ def test_permuting_classes_permutes_the_gradient(quick_backend):
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
     loss, _, gradient = loss_and_gradient(logits, target, backend=quick_backend, **options)
     options["weight"] = options["weight"][order]
-    moved_loss, _, moved = loss_and_gradient(logits[:, order], order.argsort()[target], backend=quick_backend, **options)
+    moved_loss, _, moved = loss_and_gradient(
+        logits[:, order], order.argsort()[target], backend=quick_backend, **options
+    )
     torch.testing.assert_close(moved_loss, loss)
     torch.testing.assert_close(moved, gradient[:, order], rtol=1e-4, atol=1e-8)
 

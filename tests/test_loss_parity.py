@@ -135,7 +135,10 @@ def test_strided_logits(layout, recompute, backend):
         "odd stride": lambda b: b[:, :7],
     }[layout]
     gradients = []
-    for loss in (F.cross_entropy, lambda *a: self_regularized_entropy(*a, reg_weight=0, recompute=recompute, backend=backend)):
+    for loss in (
+        F.cross_entropy,
+        lambda *a: self_regularized_entropy(*a, reg_weight=0, recompute=recompute, backend=backend),
+    ):
         leaf = base.clone().requires_grad_()
         logits = view(leaf)
         loss(logits, torch.arange(logits.shape[0]) % logits.shape[1]).backward()

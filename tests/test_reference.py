@@ -29,7 +29,9 @@ def test_coin_entropy_over_the_whole_line(dtype):
             a, b = 1 / (1 + x), x / (1 + x)
             expected.append(float(-a * mpmath.log(a) - b * mpmath.log(b)))
     h = reference.coin_entropy(t)
-    torch.testing.assert_close(h.double(), torch.tensor(expected, dtype=torch.float64), rtol=8 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(
+        h.double(), torch.tensor(expected, dtype=torch.float64), rtol=8 * torch.finfo(dtype).eps, atol=0
+    )
     assert reference.coin_entropy(torch.tensor([-torch.inf])).item() == 0
 
 

@@ -1,0 +1,58 @@
+"""Who computes: chosen, refused, never replaced in silence."""
+
+import pytest
+import torch
+
+from sre_triton import backend, fallback, self_regularized_entropy
+
+z, y, P = torch.randn(4, 7), torch.arange(4), torch.rand(4, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_none_is_compile_on_a_cpu(dtype):
+    assert backend.choose(None, z.to(dtype), False) == "compile"
+
+
+def test_none_is_eager_where_others_need_a_gradient():
+    assert backend.choose(None, z, True) == "eager"
+
+
+@pytest.mark.parametrize("name", ["compile", "eager"])
+def test_an_explicit_backend_is_taken(name, monkeypatch, uncompiled):
+    assert backend.choose(name, z, False) == name
+    calls = []
+    monkeypatch.setattr(fallback, "_lse_pass", lambda *args, f=fallback._lse_pass: calls.append(1) or f(*args))
+    self_regularized_entropy(z, y, backend=name)
+    assert bool(calls) == (name == "compile")
+
+
+def test_compile_refuses_a_gradient_to_the_target():
+    with pytest.raises(ValueError, match="^backend: expected 'eager' or None where target or weight require"):
+        self_regularized_entropy(z, P.clone().requires_grad_(), backend="compile")
+    with torch.no_grad():
+        self_regularized_entropy(z, P.clone().requires_grad_(), backend="compile")
+
+
+def test_triton_is_not_there_yet():
+    with pytest.raises(NotImplementedError, match=r"^backend: .* got 'triton'"):
+        self_regularized_entropy(z, y, backend="triton")
+    with pytest.raises(ValueError, match="^backend: expected 'compile' or 'eager' for float64 logits, got 'triton'"):
+        self_regularized_entropy(z.double(), y, backend="triton")
+
+
+def test_shards_are_not_there_yet():
+    with pytest.raises(NotImplementedError, match="^shard: "):
+        self_regularized_entropy(z, y, shard=object())
+
+
+def test_dtensors_are_not_there_yet(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(z, init_device_mesh("cpu", (1,)), [Shard(1)])
+        with pytest.raises(NotImplementedError, match="^input: DTensor"):
+            self_regularized_entropy(sharded, y)
+    finally:
+        torch.distributed.destroy_process_group()
