@@ -16,10 +16,8 @@ Per class, from d = z - m (m the row's maximum) and off = log exp_sum + log c:
 and the gradient is  coef_p p + coef_u u - coef_1  with the target's own value written over it.
 """
 
-import ctypes
 import functools
 import itertools
-import sys
 import types
 import warnings
 from collections.abc import Callable
@@ -34,9 +32,6 @@ from .reference import compute_dtype
 # Bytes of logits, in the dtype of the arithmetic, in one block of rows. 4 MiB was best or within 5 % of the best of
 # 1, 2, 4 and 8 at K = 1000, 32768 and 262144 (fp32, 2 cores with 1 MiB of L2 each).
 BLOCK_BYTES = 4 * 2**20
-
-HUGE_PAGE = 2 * 2**20
-MADV_HUGEPAGE = 14
 
 
 class Numbers(NamedTuple):
@@ -331,27 +326,6 @@ def _gradient(logits, gradient, rows, z, target, weight, stats, scale, e, number
         logits[rows].copy_(z)
 
 
-@functools.cache
-def _madvise() -> Callable | None:
-    """The system call by which Linux learns how memory will be used."""
-    return ctypes.CDLL(None).madvise if sys.platform == "linux" else None
-
-
-def _empty_gradient(logits: Tensor) -> Tensor:
-    """Memory for a gradient; on a Linux CPU with the advice to back it with huge pages.
-
-    Otherwise half of a step at large K goes into the page faults of fresh memory (N = 512, K = 32768, float32: 16 ms
-    of faults in pages of 4 KiB, 3 ms in pages of 2 MiB). It is what PyTorch does under THP_MEM_ALLOC_ENABLE=1.
-    """
-    gradient = logits.new_empty(logits.shape)
-    if gradient.device.type == "cpu" and _madvise() is not None:
-        start = -(-gradient.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-        stop = (gradient.data_ptr() + gradient.nbytes) // HUGE_PAGE * HUGE_PAGE
-        if stop > start:
-            _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_HUGEPAGE)
-    return gradient
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The primitives. Their arguments end with the same options: c, λ', ignore_index, ε, α, and the softcap or 0.
 
@@ -483,7 +457,7 @@ def row_gradient(
 ) -> Tensor:  # (N, K), the dtype of logits
     """The gradient of scale * loss."""
     options = (c, reg_weight, ignore_index, label_smoothing, z_loss, softcap)
-    gradient = _empty_gradient(logits)
+    gradient = logits.new_empty(logits.shape)
     _fill_gradient(gradient, logits, target, weight, stats, scale, *options)
     return gradient
 
@@ -503,7 +477,7 @@ def row_loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:  # losses (4, N), gradient (N, K)
     """The losses of each row and the gradient of scale * loss, from one read of the logits."""
     options = (c, reg_weight, ignore_index, label_smoothing, z_loss, softcap)
-    gradient = _empty_gradient(logits)
+    gradient = logits.new_empty(logits.shape)
     return _losses_and_fill_gradient(gradient, logits, target, weight, scale, *options), gradient
 
 
