@@ -30,7 +30,7 @@ from .ops import primitive
 from .reference import compute_dtype
 
 # Bytes of logits, in the dtype of the arithmetic, in one block of rows. 4 MiB was best or within 5 % of the best of
-# 1, 2, 4 and 8 at K = 1000, 32768 and 262144 (fp32, 2 cores with 1 MiB of L2 each).
+# 1, 2, 4 and 8 at K = 1000, 32768 and 262144 (fp32, 2 cores).
 BLOCK_BYTES = 4 * 2**20
 
 
