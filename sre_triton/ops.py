@@ -59,6 +59,7 @@ def _needs_dispatch(logits: Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or type(logits) not in (Tensor, torch.nn.Parameter)
+        or logits.is_meta
     )
 
 

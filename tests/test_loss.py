@@ -2,11 +2,14 @@
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import OPTIONS, loss_and_gradient, problem, truth
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sre_triton import Parts, SelfRegularizedEntropyLoss, checks, fallback, self_regularized_entropy
@@ -228,6 +231,26 @@ def test_loss_may_be_changed_in_place(rows, quick_backend):
         loss.sum().backward()
 
 
+@modes
+@pytest.mark.parametrize("name", ["default", "all"])
+def test_no_value_is_read_on_a_device(name, recompute, backend):
+    # A meta tensor has no values: reading one raises.
+    logits, target, options = problem(6, 20, OPTIONS[name])
+    options = {name: value.to("meta") if name == "weight" else value for name, value in options.items()}
+    leaf = logits.to("meta").requires_grad_()
+    loss = self_regularized_entropy(leaf, target.to("meta"), recompute=recompute, backend=backend, **options)
+    loss.backward()
+    assert (loss.shape, leaf.grad.shape, leaf.grad.device.type) == ((), (6, 20), "meta")
+
+
+def test_threads(uncompiled):
+    logits, target, _ = problem(64, 300, {})
+    expected = loss_and_gradient(logits, target)[2]
+    with ThreadPoolExecutor(4) as pool:
+        for gradient in pool.map(lambda _: loss_and_gradient(logits, target)[2], range(16)):
+            assert torch.equal(gradient, expected)
+
+
 # -- inplace ----------------------------------------------------------------------------------------------------------
 
 
@@ -311,7 +334,7 @@ def test_fullgraph_compile(name, recompute, backend):
 
 def test_compiled_graph_is_not_compiled_again_for_another_reg_weight(uncompiled):
     torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     logits, target, _ = problem(6, 20, {})
     compiled = torch.compile(
         lambda z, weight: self_regularized_entropy(z, target, reg_weight=weight), fullgraph=True, backend=counter
@@ -320,6 +343,21 @@ def test_compiled_graph_is_not_compiled_again_for_another_reg_weight(uncompiled)
         loss = compiled(logits, torch.tensor(value))
         torch.testing.assert_close(loss, self_regularized_entropy(logits, target, reg_weight=value))
     assert counter.frame_count == 1
+
+
+@modes
+def test_compiled_graph_takes_every_batch_size(recompute, uncompiled):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda z, t: self_regularized_entropy(z, t, recompute=recompute), fullgraph=True, backend=counter
+    )
+    for N in (6, 7, 20, 3):
+        logits, target, _ = problem(N, 20, {})
+        leaf = logits.clone().requires_grad_()
+        compiled(leaf, target).backward()
+        torch.testing.assert_close(leaf.grad, loss_and_gradient(logits, target)[2])
+    assert counter.frame_count <= 2  # one for the first size, one for all
 
 
 def test_compiling_ignores_inplace(uncompiled):
@@ -409,15 +447,17 @@ def test_activation_checkpointing(recompute, use_reentrant, rows, uncompiled):
     torch.testing.assert_close(logits.grad.double(), truth(logits, target)[2], rtol=1e-4, atol=1e-7)
 
 
-def test_distributed_data_parallel(tmp_path, uncompiled):
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_shard], ids=["ddp", "fsdp2"])
+def test_data_parallel(wrap, tmp_path, uncompiled):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         layer, features, target = torch.nn.Linear(8, 20), torch.randn(6, 8), torch.arange(6)
         alone = copy.deepcopy(layer)
         criterion = SelfRegularizedEntropyLoss()
-        criterion(DistributedDataParallel(layer)(features), target).backward()
+        criterion(wrap(layer)(features), target).backward()
         criterion(alone(features), target).backward()
-        torch.testing.assert_close(layer.weight.grad, alone.weight.grad)
+        gradient = layer.weight.grad
+        torch.testing.assert_close(getattr(gradient, "full_tensor", lambda: gradient)(), alone.weight.grad)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from helpers import OPTIONS, assert_within_bounds, loss_and_gradient, mp_truth, problem, truth
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sre_triton import self_regularized_entropy
+from sre_triton import fallback, self_regularized_entropy
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 
@@ -131,6 +133,19 @@ def test_masked_class_with_probability_zero(quick_backend):
     assert gradient[0, 2] == 0
 
 
+def test_softcap_makes_masked_classes_finite(quick_backend):
+    logits, target, _ = problem(3, 13, {})
+    logits[:, 5] = -torch.inf
+    target[0] = 5
+    capped = logits.clone()
+    capped[:, 5] = -1e4
+    loss, _, gradient = loss_and_gradient(logits, target, softcap=3.0, backend=quick_backend)
+    true_loss, _, true_gradient = truth(capped, target, softcap=3.0)
+    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-5, atol=1e-6)
+    assert (gradient[:, 5] == 0).all()
+
+
 def test_masked_target_is_infinitely_wrong(backend):
     logits = torch.zeros(2, 4)
     logits[0, 1] = -torch.inf
@@ -218,6 +233,47 @@ def test_label_smoothing_equals_probabilities(epsilon, quick_backend):
     first = loss_and_gradient(logits, target, label_smoothing=epsilon, backend=quick_backend)
     second = loss_and_gradient(logits, smoothed, backend=quick_backend)
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-7)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    N=st.integers(1, 6),
+    K=st.integers(1, 60),
+    spread=st.sampled_from([0.0, 0.1, 3.0, 30.0]),
+    probabilities=st.booleans(),
+    weighted=st.booleans(),
+    ignored=st.booleans(),
+    recompute=st.booleans(),
+    reduction=st.sampled_from(["none", "mean", "sum"]),
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "c": st.sampled_from([1e-12, 1e-3]),
+            "reg_weight": st.sampled_from([-1.0, 0.0, 0.5]),
+            "class_mean": st.booleans(),
+            "label_smoothing": st.sampled_from([0.1, 1.0]),
+            "z_loss": st.sampled_from([0.01, 1.0]),
+            "softcap": st.sampled_from([2.0, 30.0]),
+        },
+    ),
+)
+def test_any_combination(N, K, spread, probabilities, weighted, ignored, recompute, reduction, options):
+    logits, target, options = problem(
+        N, K, options | {"weight": weighted}, probabilities=probabilities, spread=spread, seed=N * K
+    )
+    if not weighted:
+        del options["weight"]
+    if ignored and not probabilities:
+        target[::2] = -100
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fallback, "_has_compiler", False)
+        loss, parts, gradient = loss_and_gradient(
+            logits, target, reduction=reduction, recompute=recompute, backend="compile", **options
+        )
+    true_loss, true_parts, true_gradient = truth(logits, target, reduction=reduction, **options)
+    close = {"rtol": 1e-5, "atol": 3e-6 * (1 if reduction != "sum" else N), "equal_nan": True}
+    torch.testing.assert_close(torch.stack([loss, *parts]).double(), torch.stack([true_loss, *true_parts]), **close)
+    torch.testing.assert_close(gradient.double(), true_gradient, **close | {"rtol": 1e-4})
 
 
 def test_every_wrong_class_is_pushed_to_c():

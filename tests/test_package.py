@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,11 @@ def test_import_loads_nothing_heavy():
         f"print([name for name in {heavy} if name in sys.modules and name not in before])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_dependencies_are_torch_and_triton():
+    needed = [line for line in metadata.requires("sre_triton") if "extra ==" not in line]
+    assert sorted(re.match(r"\w+", line)[0] for line in needed) == ["torch", "triton"]
 
 
 def test_exports():
