@@ -56,6 +56,17 @@ def test_bounds_where_the_target_leads(lead, K, backend):
     assert_within_bounds(logits, target, backend)
 
 
+@both_targets
+@pytest.mark.parametrize("lead", [20.0, 25.3, 29.1, 30.7, 33.0])
+def test_bounds_where_all_wrong_classes_are_equally_far_below_c(lead, probabilities, quick_backend):
+    # Every class has the same rounding errors: what would cancel between random classes adds up.
+    logits, target = torch.zeros(1, 50257), torch.tensor([7])
+    logits[0, 7] = lead
+    if probabilities:
+        target = torch.nn.functional.one_hot(target, 50257).float()
+    assert_within_bounds(logits, target, quick_backend)
+
+
 @pytest.mark.parametrize("offset", [-1000.0, 1000.0, 1e6])
 def test_bounds_at_a_large_offset(offset, backend):
     logits, target, _ = problem(4, 1000, {})
