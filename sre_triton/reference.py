@@ -108,7 +108,8 @@ def self_regularized_entropy(
     d = z - m
     log_sum = d.exp().sum(dim, keepdim=True).log()
     log_p = d - log_sum
-    t = log_p - math.log(c)
+    # Not log_p - log c: backward would sum the -1 of H and the far smaller gradients of S in one float32 sum.
+    t = d - log_sum - math.log(c)
     lse = (m + log_sum).squeeze(dim)
 
     y = target_distribution(input, target, ignore_index)
