@@ -144,6 +144,18 @@ def test_masked_class_with_probability_zero(quick_backend):
     assert gradient[0, 2] == 0
 
 
+def test_masked_class_of_weight_zero_takes_no_part_in_smoothing(quick_backend):
+    logits, target, options = problem(3, 13, {"weight": True, "label_smoothing": 0.1})
+    target = target % 12
+    logits[:, 12] = -torch.inf
+    options["weight"][12] = 0
+    loss, _, gradient = loss_and_gradient(logits, target, backend=quick_backend, **options)
+    logits[:, 12] = -1e3
+    true_loss, _, true_gradient = truth(logits, target, **options)
+    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-5, atol=1e-6)
+
+
 def test_softcap_makes_masked_classes_finite(quick_backend):
     logits, target, _ = problem(3, 13, {})
     logits[:, 5] = -torch.inf
