@@ -484,14 +484,12 @@ def row_loss_and_gradient(
 def row_gradient_(logits, target, weight, stats, scale, *options) -> Tensor:
     """:func:`row_gradient` written over the logits, in eager code only."""
     _fill_gradient(logits, logits, target, weight, stats, scale, *options)
-    torch.autograd.graph.increment_version(logits)
     return logits.detach()
 
 
 def row_loss_and_gradient_(logits, target, weight, scale, *options) -> tuple[Tensor, Tensor]:
     """:func:`row_loss_and_gradient` with the gradient written over the logits, in eager code only."""
     losses = _losses_and_fill_gradient(logits, logits, target, weight, scale, *options)
-    torch.autograd.graph.increment_version(logits)
     return losses, logits.detach()
 
 
