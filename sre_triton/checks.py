@@ -4,13 +4,14 @@ Only shapes, dtypes, devices and Python numbers are looked at, so nothing waits 
 tracing. The exception is the range of class indices that lie on a CPU.
 """
 
-import math
 import sys
 import warnings
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+from .ops import is_watched
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("none", "mean", "sum")
@@ -33,7 +34,10 @@ def _wrong(error: type[Exception], argument: str, expected: str, value: object) 
 
 def _is_number(value: object) -> bool:
     # (int, float) comes first for torch.compile, which sees symbolic numbers as these.
-    return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
+    # Of the other real numbers only NumPy's can be multiplied by a tensor.
+    if isinstance(value, (int, float)):
+        return not isinstance(value, bool)
+    return isinstance(value, Real) and type(value).__module__ == "numpy"
 
 
 def _check_number(argument: str, value: object, low: float, high: float, expected: str) -> None:
@@ -74,8 +78,10 @@ def check_options(
         _check_scalar_tensor("reg_weight", reg_weight)
     else:
         _check_number("reg_weight", reg_weight, -largest, largest, "a finite number or a tensor of 0 dimensions")
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+    if not isinstance(ignore_index, (int, Integral)) or isinstance(ignore_index, bool):
         raise _wrong(TypeError, "ignore_index", "an int", ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise _wrong(ValueError, "ignore_index", "an int of 64 bits", ignore_index)
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise _wrong(ValueError, "reduction", "'none', 'mean' or 'sum'", reduction)
     if denominator is not None:
@@ -84,12 +90,12 @@ def check_options(
         if isinstance(denominator, Tensor):
             _check_scalar_tensor("denominator", denominator)
         else:
-            smallest = math.ulp(0.0)
-            _check_number("denominator", denominator, smallest, largest, "a number above 0 or a tensor of 0 dimensions")
+            expected = "a number of at least 1e-30 or a tensor of 0 dimensions"
+            _check_number("denominator", denominator, 1e-30, largest, expected)
     _check_number("label_smoothing", label_smoothing, 0.0, 1.0, "a number from 0 to 1")
     _check_number("z_loss", z_loss, 0.0, largest, "a finite number of at least 0")
     if softcap is not None:
-        _check_number("softcap", softcap, sys.float_info.min, largest, "None or a finite number above 0")
+        _check_number("softcap", softcap, 1e-30, 1e30, "None or a number from 1e-30 to 1e30")
     for argument, value in (("class_mean", class_mean), ("recompute", recompute)):
         if value is not None and not isinstance(value, bool):
             raise _wrong(TypeError, argument, "True, False or None", value)
@@ -141,7 +147,9 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_i
     if weight.dtype not in FLOATS:
         raise _wrong(TypeError, "weight", "a floating-point tensor", weight)
     if target.shape != input.shape:
-        if weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        device = input.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if weight.dtype != input.dtype and not autocast:
             raise _wrong(TypeError, "weight", f"the input's dtype, {input.dtype}, with class indices", weight)
         if weight.requires_grad:
             raise ValueError("weight: expected one that requires no gradient with class indices; detach it")
@@ -149,12 +157,7 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_i
 
 def check_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Class indices on a CPU; on a GPU looking would stall it, and while tracing there is nothing to look at."""
-    if (
-        target.device.type != "cpu"
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    ):
+    if target.device.type != "cpu" or is_watched():
         return
     outside = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
     if outside.any():

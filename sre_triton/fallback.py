@@ -179,7 +179,7 @@ def _lse_pass(logits, target, weight, e, numbers: Numbers, flags: Flags) -> Tens
     exp_sum = exp_d.sum(1, keepdim=True, dtype=wide).to(z.dtype)
     if target.dim() == 2:
         y = target.to(z.dtype)
-        omega = (y if weight is None else y * weight).sum(1, keepdim=True)
+        omega = torch.ones_like(m) if weight is None else (y * weight).sum(1, keepdim=True)
         y = _smoothed(y, numbers, num_classes)
         y = y if weight is None else y * weight
         y_sum, yz_sum = y.sum(1, keepdim=True), torch.where(y == 0, 0, y * d).sum(1, keepdim=True)
@@ -284,9 +284,18 @@ def _call(function: Callable, flags: Flags, logits: Tensor, *args):
     """One pass over one block of rows, compiled where there is a compiler."""
     global _has_compiler
     if _has_compiler and logits.numel():
-        key = (arg if arg is None else (arg.dtype, arg.dim()) for arg in (logits, *args[:-1]))
+        num_rows, num_classes = logits.shape
+        device = logits.device.type
+        key = (
+            *(arg if arg is None else (arg.dtype, arg.dim()) for arg in (logits, *args[:-1])),
+            # What torch.compile compiles again for as well: shapes and modes.
+            (num_rows == 1, num_classes == 1, num_classes < 12),
+            (torch.is_inference_mode_enabled(), logits.is_inference()),
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            torch.are_deterministic_algorithms_enabled(),
+        )
         try:
-            return _compiled(function, flags, logits.device.type, *key)(logits, *args)
+            return _compiled(function, flags, device, *key)(logits, *args)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             missing = (torch._inductor.exc.InvalidCxxCompiler, torch._inductor.exc.CppCompileError)
             if not isinstance(error.inner_exception, missing):
@@ -296,7 +305,7 @@ def _call(function: Callable, flags: Flags, logits: Tensor, *args):
     return function(logits, *args, flags)
 
 
-def _by_blocks(logits: Tensor, compute: Callable) -> list[Tensor]:
+def _by_blocks(logits: Tensor, compute: Callable, *, scratch: bool) -> list[Tensor]:
     """``compute(rows, z, e)`` for each block of rows, z its logits, e scratch; puts together what it returns."""
     num_rows, num_classes = logits.shape
     dtype = compute_dtype(logits.dtype)
@@ -304,10 +313,10 @@ def _by_blocks(logits: Tensor, compute: Callable) -> list[Tensor]:
     num_blocks = max(1, min(num_rows * num_classes * dtype.itemsize // BLOCK_BYTES, num_rows // 2))
     bounds = [num_rows * i // num_blocks for i in range(num_blocks + 1)]
     logits = logits.detach()
-    scratch = logits.new_empty(-(-num_rows // num_blocks), num_classes, dtype=dtype)
+    e = logits.new_empty(-(-num_rows // num_blocks), num_classes, dtype=dtype) if scratch else None
     with torch.no_grad():
         parts = [
-            compute(slice(start, stop), logits[start:stop].contiguous(), scratch[: stop - start])
+            compute(slice(start, stop), logits[start:stop].contiguous(), e[: stop - start] if scratch else None)
             for start, stop in itertools.pairwise(bounds)
         ]
         return list(parts[0]) if num_blocks == 1 else [torch.cat(numbers, -1) for numbers in zip(*parts, strict=True)]
@@ -337,10 +346,10 @@ def _prepared(logits, target, weight, c, reg_weight, ignore_index, label_smoothi
         c.to(dtype),
         c.double().log().to(dtype),
         reg_weight.to(dtype),
-        torch.tensor(ignore_index),
-        torch.tensor(label_smoothing, dtype=dtype),
-        torch.tensor(z_loss, dtype=dtype),
-        torch.tensor(softcap, dtype=dtype),
+        torch.tensor(ignore_index, device="cpu"),
+        torch.tensor(label_smoothing, dtype=dtype, device="cpu"),
+        torch.tensor(z_loss, dtype=dtype, device="cpu"),
+        torch.tensor(softcap, dtype=dtype, device="cpu"),
     )
     flags = Flags(smoothing=label_smoothing > 0, softcap=softcap > 0)
     target = target.contiguous() if target.dim() == 2 else target.long()
@@ -356,7 +365,7 @@ def _fill_gradient(gradient, logits, target, weight, stats, scale, *options) -> 
         _gradient(logits, gradient, rows, z, target[rows], weight, block_stats, scale[rows], None, numbers, flags)
         return ()
 
-    _by_blocks(logits, compute)
+    _by_blocks(logits, compute, scratch=False)
 
 
 def _losses_and_fill_gradient(gradient, logits, target, weight, scale, *options) -> Tensor:
@@ -370,7 +379,7 @@ def _losses_and_fill_gradient(gradient, logits, target, weight, scale, *options)
         _gradient(logits, gradient, rows, z, target[rows], weight, stats, scale[rows], e, numbers, flags)
         return (losses,)
 
-    return _by_blocks(logits, compute)[0]
+    return _by_blocks(logits, compute, scratch=True)[0]
 
 
 @primitive("compile")
@@ -389,7 +398,11 @@ def row_lse(
     target, weight, numbers, flags = _prepared(
         logits, target, weight, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap
     )
-    return _by_blocks(logits, lambda rows, z, e: (_call(_lse_pass, flags, z, target[rows], weight, e, numbers),))[0]
+
+    def compute(rows, z, e):
+        return (_call(_lse_pass, flags, z, target[rows], weight, e, numbers),)
+
+    return _by_blocks(logits, compute, scratch=True)[0]
 
 
 @primitive("compile")
@@ -404,7 +417,7 @@ def row_sums(
     z_loss: float,
     softcap: float,
 ) -> Tensor:  # (2, N)
-    """s_sum and u_sum of each row."""
+    """h_sum and u_sum of each row."""
     target, _, numbers, flags = _prepared(
         logits, target, None, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap
     )
@@ -412,7 +425,7 @@ def row_sums(
     def compute(rows, z, e):
         return _call(_sums_pass, flags, z, target[rows], stats[:, rows].contiguous(), None, numbers)[:1]
 
-    return _by_blocks(logits, compute)[0]
+    return _by_blocks(logits, compute, scratch=False)[0]
 
 
 @primitive("compile")
@@ -437,7 +450,7 @@ def row_loss(
         sums, losses = _call(_sums_pass, flags, z, target[rows], lse, e, numbers)
         return losses, torch.cat([lse, sums])
 
-    losses, stats = _by_blocks(logits, compute)
+    losses, stats = _by_blocks(logits, compute, scratch=True)
     return losses, stats
 
 

@@ -18,6 +18,7 @@ from .checks import (
     check_range,
     check_tensors,
 )
+from .ops import is_batched, is_watched
 from .reference import Parts, compute_dtype, sample_weights
 
 SECOND_BACKWARD = (
@@ -34,9 +35,12 @@ def _reduced(losses: Tensor, factor: Tensor, reduction: str) -> Tensor:
     return losses[0].clone() if reduction == "none" else losses[0].sum() * factor
 
 
-def _functional() -> bool:
-    """Whether the backward must not write in place: it is being traced, transformed or recorded itself."""
-    return torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+def _functional(grad_loss: Tensor) -> bool:
+    """Whether the backward must not write in place: it is watched, batched, or recorded itself."""
+    return is_watched() or is_batched(grad_loss) or torch.is_grad_enabled()
+
+
+# No *args in a forward beside setup_context: torch.compile counts its parameters to see whether it takes a ctx.
 
 
 class _SinglePass(torch.autograd.Function):
@@ -49,7 +53,10 @@ class _SinglePass(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows, target, weight, factor, backend, reduction, inplace, *options):
+    def forward(
+        rows, target, weight, factor, backend, reduction, inplace, c, reg_weight, ignore, smoothing, z_loss, cap
+    ):
+        options = (c, reg_weight, ignore, smoothing, z_loss, cap)
         row_primitives = primitives(backend)
         compute = row_primitives.row_loss_and_gradient_ if inplace else row_primitives.row_loss_and_gradient
         losses, gradient = compute(rows, target, weight, factor.expand(rows.shape[0]), *options)
@@ -78,7 +85,7 @@ class _SinglePass(torch.autograd.Function):
         if grad_loss is None:
             return None, *no_more
         (gradient,) = ctx.saved_tensors
-        if _functional():
+        if _functional(grad_loss):
             return (gradient * grad_loss.unsqueeze(-1)).to(gradient.dtype), *no_more
         ctx.handed_over = True
         return primitives(ctx.backend).scale_gradient_(gradient.detach(), grad_loss), *no_more
@@ -90,7 +97,10 @@ class _Recompute(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows, target, weight, factor, backend, reduction, inplace, *options):
+    def forward(
+        rows, target, weight, factor, backend, reduction, inplace, c, reg_weight, ignore, smoothing, z_loss, cap
+    ):
+        options = (c, reg_weight, ignore, smoothing, z_loss, cap)
         losses, stats = primitives(backend).row_loss(rows, target, weight, *options)
         return _reduced(losses, factor, reduction), losses, stats
 
@@ -114,7 +124,7 @@ class _Recompute(torch.autograd.Function):
         arguments = (target, weight, stats, scale, c, reg_weight, *ctx.options)
         if torch.compiler.is_compiling():
             return primitives(ctx.backend).row_gradient(rows, *arguments), *no_more
-        if ctx.inplace and not _functional():
+        if ctx.inplace and not _functional(grad_loss):
             return primitives(ctx.backend).row_gradient_(rows, *arguments), *no_more
         return _RowGradient.apply(rows, ctx.backend, *arguments), *no_more
 
@@ -125,8 +135,9 @@ class _RowGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows, backend, *arguments):
-        return primitives(backend).row_gradient(rows, *arguments)
+    def forward(rows, backend, target, weight, stats, scale, c, reg_weight, ignore, smoothing, z_loss, cap):
+        options = (c, reg_weight, ignore, smoothing, z_loss, cap)
+        return primitives(backend).row_gradient(rows, target, weight, stats, scale, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -185,9 +196,10 @@ def self_regularized_entropy(
 
     Args:
         input: logits, (K,), (N, K) or (N, K, d1, ..., dk), in float16, bfloat16, float32 or float64. The arithmetic
-            is float32 (float64 for float64). A logit of -inf masks its class. NaN and +inf spoil their own row only.
+            is float32 (float64 for float64). A logit of -inf masks its class. NaN and +inf spoil their own row only
+            (a ``softcap`` makes infinities finite).
         target: class indices (int64 or uint8) of the input's shape without the class dimension, or probabilities of
-            the input's shape and any floating dtype, whose rows need not sum to 1.
+            the input's shape and any floating dtype, whose rows need not sum to 1 (only H is scaled by that sum).
         weight: class weights (K,). H is weighted as in ``F.cross_entropy``; S and the z-loss of a row are multiplied
             by the weight of its target, sum_j w_j y_j for probabilities.
         c: the probability to which wrong classes are pushed, from 1e-30 to 1.
@@ -201,12 +213,13 @@ def self_regularized_entropy(
         z_loss: α >= 0; adds α lse², lse the logsumexp of the row.
         softcap: s > 0; the logits become s tanh(z / s) first.
         inplace: let the gradient take the storage of the logits, whose values are gone afterwards: after the forward,
-            or with ``recompute`` after the backward. It is used where rows lie one after another in memory, outside
-            ``torch.compile``, and when a gradient is wanted at all.
+            or with ``recompute`` after the backward; compute other losses and metrics from them first. It is used where
+            rows lie one after another in memory, outside ``torch.compile``, not by "eager", and when a gradient is
+            wanted at all.
         recompute: False computes the gradient together with the loss (one read and one write of N x K for the whole
             step; a second backward through the graph raises). True keeps seven numbers a row and reads the logits
             again in the backward. None is True for float16, whose small gradients vanish before a loss scaler reaches
-            them, and for ``reduction="none"``; else False.
+            them, and for ``reduction="none"``; else False. "eager" keeps what autograd keeps.
         return_parts: also return :class:`Parts`.
         shard: not available in this version; None.
         backend: ``"compile"`` (``torch.compile`` over blocks of rows), ``"eager"`` (plain autograd, differentiable
@@ -253,14 +266,15 @@ def self_regularized_entropy(
     )
     check_tensors(input, target, weight, ignore_index)
     indices = target.shape != input.shape
+    if indices:
+        target = target.long()  # before anything is compared with it: in uint8, 300 is 44
     dim = min(1, input.dim() - 1)
     num_classes = input.shape[dim]
     if indices:
         check_range(target, num_classes, ignore_index)
     wants_gradient = torch.is_grad_enabled() and input.requires_grad
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    inplace = inplace and wants_gradient and not torch.compiler.is_compiling()
-    if inplace:
+    if inplace and wants_gradient and not torch.compiler.is_compiling():
         check_inplace(input)
     if class_mean is None:
         check_many_classes(num_classes, reg_weight)
@@ -291,14 +305,17 @@ def self_regularized_entropy(
     # λ' and the mean over the classes are one number.
     per_class = (1 / (num_classes - 1) if num_classes > 1 else 0.0) if class_mean else 1.0
     # A number times a tensor, which torch.compile traces without compiling the number in.
-    one = torch.ones((), dtype=torch.float64)
-    reg_weight = (reg_weight.detach() if isinstance(reg_weight, Tensor) else one * reg_weight) * per_class
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    reg_weight = (reg_weight.detach().to(dtype) if isinstance(reg_weight, Tensor) else one * reg_weight) * per_class
     if reduction != "mean":
         factor = torch.ones((), dtype=dtype, device=input.device)
     else:
         if denominator is None:
             denominator = sample_weights(target, weight, ignore_index).sum() if indices else rows.shape[0]
-        factor = torch.as_tensor(denominator, dtype=dtype, device=input.device).detach().reciprocal()
+        if isinstance(denominator, Tensor):
+            factor = denominator.detach().to(input.device, dtype).reciprocal()
+        else:
+            factor = torch.ones((), dtype=dtype, device=input.device) / denominator
     options = (
         one * c,
         reg_weight,
@@ -309,7 +326,7 @@ def self_regularized_entropy(
     )
 
     if wants_gradient or transformed:
-        inplace = inplace and _own_rows(rows)
+        inplace = inplace and wants_gradient and not is_watched() and _own_rows(rows)
         if not wants_gradient:
             recompute = True
         elif recompute is None:

@@ -52,15 +52,24 @@ OUTPUTS: dict[str, tuple[Callable, tuple[int, ...]]] = {
 }
 
 
-def _needs_dispatch(logits: Tensor) -> bool:
-    """Whether someone else (a tracer, a transform, a mode, a tensor subclass) must see the op."""
+def is_watched() -> bool:
+    """Whether a tracer, a transform or a dispatch mode looks at what is computed, and values may not be there."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or type(logits) not in (Tensor, torch.nn.Parameter)
-        or logits.is_meta
     )
+
+
+def is_batched(tensor: object) -> bool:
+    """Whether ``torch.autograd.grad(is_grads_batched=True)`` runs, whose tensors hide their batch dimension."""
+    return isinstance(tensor, Tensor) and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def _needs_dispatch(logits: Tensor, args: tuple) -> bool:
+    """Whether the call must pass PyTorch's dispatcher: for a watcher, or for tensors that are not plain."""
+    plain = type(logits) in (Tensor, torch.nn.Parameter) and not logits.is_meta
+    return not plain or is_watched() or any(map(is_batched, args))
 
 
 def _batching_rule(op: Callable, names: list[str], out_row_dims: tuple[int, ...]) -> Callable:
@@ -108,7 +117,7 @@ def primitive(backend: str) -> Callable[[Callable], Callable]:
 
         @functools.wraps(function)
         def call(logits: Tensor, *args):
-            return op(logits, *args) if _needs_dispatch(logits) else function(logits, *args)
+            return op(logits, *args) if _needs_dispatch(logits, args) else function(logits, *args)
 
         call.op = op
         return call

@@ -115,7 +115,9 @@ def self_regularized_entropy(
     y = target_distribution(input, target, ignore_index)
     w = torch.ones(num_classes, dtype=dtype, device=input.device) if weight is None else weight.to(dtype)
     w = w.reshape([-1] + [1] * (input.dim() - dim - 1))
-    omega = (w * y).sum(dim)
+    omega = torch.ones(shape, dtype=dtype, device=input.device)
+    if weight is not None or indices:
+        omega = (w * y).sum(dim)
     y = (1 - label_smoothing) * y + label_smoothing / num_classes
 
     log_p_masked = torch.where((w * y == 0) & (log_p == -torch.inf), 0, log_p)  # 0 log 0 = 0
@@ -131,10 +133,12 @@ def self_regularized_entropy(
     if reduction == "mean":
         if denominator is None:
             denominator = sample_weights(target, weight, ignore_index).sum() if indices else ignored.numel()
+        if isinstance(denominator, Tensor):
+            denominator = denominator.detach().to(input.device, dtype)
         rows = rows / denominator
 
     if isinstance(reg_weight, Tensor):
-        reg_weight = reg_weight.detach()
+        reg_weight = reg_weight.detach().to(dtype)
     cross_entropy, regularizer, z_penalty = rows
     loss = cross_entropy - reg_weight * regularizer + z_penalty
     return loss, Parts(*rows.detach())

@@ -110,7 +110,7 @@ def mp_truth(logits, target, options):
         for z, g in zip(logits.double().tolist(), target.tolist(), strict=True):
             z = [number(z_j) for z_j in z]
             y = [number(y_j) for y_j in g] if isinstance(g, list) else [number(j == g) for j in range(K)]
-            omega = mpmath.fsum(y_j * w_j for y_j, w_j in zip(y, weight, strict=True))
+            omega = mpmath.fsum(y_j * w_j for y_j, w_j in zip(y, weight, strict=True)) if "weight" in options else 1
 
             def loss(z, y=y, omega=omega):
                 return mp_row(z, y, weight, omega, **settings)

@@ -1,5 +1,6 @@
 """The compiled blocks: the same numbers as uncompiled, few compilations, and none where there is no compiler."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -78,6 +79,23 @@ def test_twelve_sets_of_options_stay_compiled(fresh):
     assert kept[False] <= 3 * 12
     assert kept[True] == kept[False]
     assert not counters["graph_break"]
+
+
+def test_modes_and_shapes_do_not_use_up_the_limit_of_compilations(fresh, monkeypatch):
+    # Compiled by Dynamo, which sets the limit, and not further, which takes the time.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for K in (1, 10, 100):
+        for N in (1, 8, 10):
+            logits, target, _ = problem(N, K, {})
+            for dtype in (None, torch.bfloat16, torch.float16):
+                with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                    loss_and_gradient(logits, target, backend="compile")
+            with torch.inference_mode():
+                self_regularized_entropy(logits, target, backend="compile")
+                self_regularized_entropy(logits * 1, target, backend="compile")
+            torch.use_deterministic_algorithms(False)
+            loss_and_gradient(logits, target, backend="compile")
+            torch.use_deterministic_algorithms(True)
 
 
 def test_numbers_are_not_compiled_in(fresh):

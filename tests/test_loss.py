@@ -73,6 +73,18 @@ def test_gradient_accumulation_equals_one_batch(quick_backend):
     torch.testing.assert_close(torch.cat(parts), whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_tensor_options_of_another_dtype(dtype, quick_backend):
+    logits, target, _ = problem(6, 300, {})
+    keywords = {"class_mean": True, "backend": quick_backend}
+    options = {"reg_weight": torch.tensor(1.0, dtype=dtype), "denominator": torch.tensor(6.0, dtype=dtype)}
+    loss, _, gradient = loss_and_gradient(logits, target, **keywords, **options)
+    assert loss.dtype == torch.float32
+    expected, _, expected_gradient = loss_and_gradient(logits, target, **keywords)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
 def test_class_mean_divides_by_the_wrong_classes(rows, quick_backend):
     logits, target = rows
     _, plain = self_regularized_entropy(logits, target, return_parts=True, backend=quick_backend)
@@ -362,6 +374,20 @@ def test_compiled_graph_takes_every_batch_size(recompute, uncompiled):
     assert counter.frame_count <= 2  # one for the first size, one for all
 
 
+@pytest.mark.parametrize("case", ["probabilities", "denominator"])
+def test_compiled_graph_takes_every_number_of_rows(case, uncompiled):
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(self_regularized_entropy, fullgraph=True, backend=counter)
+    for N in range(4, 10):
+        logits, target, _ = problem(6 if case == "denominator" else N, 20, {}, probabilities=case == "probabilities")
+        keywords = {"denominator": N} if case == "denominator" else {}
+        torch.testing.assert_close(
+            compiled(logits, target, **keywords), self_regularized_entropy(logits, target, **keywords)
+        )
+    assert counter.frame_count <= 2
+
+
 def test_compiling_ignores_inplace(uncompiled):
     torch.compiler.reset()
     logits, target, _ = problem(6, 20, {})
@@ -391,6 +417,33 @@ def test_functorch(recompute, rows, quick_backend):
     torch.testing.assert_close(batched(torch.tensor([0.0, 2.0])), torch.stack(expected))
     jacobian = torch.func.jacrev(lambda z: self_regularized_entropy(z, target, reduction="none", **keywords))(logits)
     torch.testing.assert_close(jacobian.diagonal(dim1=0, dim2=1).T, gradient)
+
+
+@modes
+def test_batched_gradients(recompute, rows, uncompiled):
+    logits, target = rows
+    loss = self_regularized_entropy(logits, target, reduction="none", recompute=recompute)
+    (jacobian,) = torch.autograd.grad(loss, logits, torch.eye(6), is_grads_batched=True)
+    _, _, gradient = loss_and_gradient(logits, target, reduction="sum")
+    torch.testing.assert_close(jacobian, torch.diag_embed(gradient.T).permute(1, 2, 0))
+
+
+@modes
+def test_backward_can_be_traced(recompute, rows, uncompiled):
+    logits, target = rows[0].detach(), rows[1]
+
+    def gradient(z):
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(self_regularized_entropy(z, target, recompute=recompute), z)[0]
+
+    traced = torch.fx.experimental.proxy_tensor.make_fx(gradient)(logits)
+    torch.testing.assert_close(traced(logits), gradient(logits))
+
+
+def test_another_default_device(rows, quick_backend):
+    with torch.device("meta"):
+        loss = self_regularized_entropy(*rows, z_loss=0.1, backend=quick_backend)
+    assert loss.device.type == "cpu"
 
 
 @modes

@@ -1,12 +1,14 @@
 """The numbers: every backend against 50 digits and float64, in easy and in hopeless rows."""
 
+import math
+
 import pytest
 import torch
 from helpers import OPTIONS, assert_within_bounds, loss_and_gradient, mp_truth, problem, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sre_triton import fallback, self_regularized_entropy
+from sre_triton import fallback, reference, self_regularized_entropy
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 
@@ -247,6 +249,16 @@ def test_permuting_classes_permutes_the_gradient(quick_backend):
     )
     torch.testing.assert_close(moved_loss, loss)
     torch.testing.assert_close(moved, gradient[:, order], rtol=1e-4, atol=1e-8)
+
+
+def test_probabilities_that_do_not_sum_to_one_scale_only_the_cross_entropy(quick_backend):
+    logits, target, _ = problem(4, 9, {}, probabilities=True)
+    _, parts, _ = loss_and_gradient(logits, target * 0, z_loss=0.1, backend=quick_backend)
+    log_p = logits.double().log_softmax(1)
+    assert parts.cross_entropy == 0
+    expected = reference.coin_entropy(log_p - math.log(1e-7)).sum(1).mean()
+    torch.testing.assert_close(parts.regularizer.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(parts.z_loss.double(), 0.1 * logits.double().logsumexp(1).square().mean())
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.2, 1.0])

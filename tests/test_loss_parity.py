@@ -107,6 +107,13 @@ def test_class_weights_of_zero(quick_backend):
     assert_parity(logits, target, quick_backend, weight=torch.zeros(7))
 
 
+@pytest.mark.parametrize(("K", "ignore_index"), [(200, -100), (200, 300), (300, -100)])
+def test_byte_targets_do_not_wrap_around(K, ignore_index, quick_backend):
+    logits, _ = arguments((3, K), False, torch.float32)
+    target = torch.tensor([44, 100, 156], dtype=torch.uint8)
+    assert_parity(logits, target, quick_backend, ignore_index=ignore_index)
+
+
 def test_byte_targets_and_one_row_with_a_target_of_one(quick_backend):
     logits, target = arguments((4, 7), False, torch.float32)
     assert_parity(logits, target.byte(), quick_backend)
