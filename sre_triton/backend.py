@@ -16,7 +16,9 @@ def choose(backend: str | None, logits: Tensor, differentiable_arguments: bool) 
             weights) is wanted, which only plain autograd gives.
     """
     if backend is None:
-        return "eager" if differentiable_arguments else "compile"
+        # Inside torch.compile, torch.func transforms see through plain operations only.
+        transformed = torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        return "eager" if differentiable_arguments or transformed else "compile"
     if backend == "triton":
         if logits.dtype == torch.float64:
             raise ValueError("backend: expected 'compile' or 'eager' for float64 logits, got 'triton'")

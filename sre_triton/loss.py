@@ -224,7 +224,8 @@ def self_regularized_entropy(
         shard: not available in this version; None.
         backend: ``"compile"`` (``torch.compile`` over blocks of rows), ``"eager"`` (plain autograd, differentiable
             twice), ``"triton"`` (not available in this version) or None, which chooses: ``"eager"`` where ``target``
-            or ``weight`` require a gradient, else ``"compile"``.
+            or ``weight`` require a gradient and for ``torch.func`` transforms inside ``torch.compile``, else
+            ``"compile"``.
 
     Returns:
         The loss, float32 (float64 for float64 logits), a scalar or with ``reduction="none"`` one number a row; with

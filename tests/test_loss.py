@@ -419,6 +419,18 @@ def test_functorch(recompute, rows, quick_backend):
     torch.testing.assert_close(jacobian.diagonal(dim1=0, dim2=1).T, gradient)
 
 
+def test_transforms_inside_compile(rows):
+    torch.compiler.reset()
+    logits, target = rows[0].detach(), rows[1]
+    _, _, gradient = loss_and_gradient(logits, target, reduction="sum", backend="eager")
+    for transform in (
+        lambda z, t: torch.func.grad(lambda a: self_regularized_entropy(a, t, reduction="sum"))(z),
+        lambda z, t: torch.vmap(torch.func.grad(self_regularized_entropy))(z, t),
+    ):
+        compiled = torch.compile(transform, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(logits, target), gradient)
+
+
 @modes
 def test_batched_gradients(recompute, rows, uncompiled):
     logits, target = rows
