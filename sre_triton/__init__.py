@@ -12,7 +12,8 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
 
     reference.py   the definition, in plain PyTorch
     ops.py         the primitives' signatures, registered with PyTorch
-    fallback.py    the primitives through torch.compile
+    passes.py      the mathematics of a block of rows
+    fallback.py    the primitives through torch.compile, block by block
     backend.py     chooses between them
     checks.py      user input -> errors that say what was expected and what came
     loss.py        the public function

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import warnings
 
-import mpmath
 import pytest
 import torch
 from helpers import OPTIONS, loss_and_gradient, problem, truth
@@ -121,18 +120,6 @@ def test_one_row_and_few_classes(fresh):
         true_loss, _, true_gradient = truth(logits, target)
         torch.testing.assert_close(loss.double(), true_loss, rtol=5e-6, atol=1e-6)
         torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_minus_log1p_keeps_its_digits(dtype):
-    # Up to 1 - 1/16, which is what four coins at their worst leave.
-    mu = torch.cat([torch.logspace(-30, -0.05, 10000, dtype=dtype), torch.linspace(0, 0.9375, 10000, dtype=dtype)])
-    with mpmath.workdps(40):
-        expected = torch.tensor(
-            [float(-mpmath.log1p(-mpmath.mpf(value))) for value in mu.tolist()], dtype=torch.float64
-        )
-    computed = fallback._minus_log1p(mu).double()
-    torch.testing.assert_close(computed, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("block_bytes", [1, 4000, 10**9])
