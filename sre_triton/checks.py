@@ -148,8 +148,7 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_i
         raise _wrong(TypeError, "weight", "a floating-point tensor", weight)
     if target.shape != input.shape:
         device = input.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if weight.dtype != input.dtype and not autocast:
+        if weight.dtype != input.dtype and (device == "meta" or not torch.is_autocast_enabled(device)):
             raise _wrong(TypeError, "weight", f"the input's dtype, {input.dtype}, with class indices", weight)
         if weight.requires_grad:
             raise ValueError("weight: expected one that requires no gradient with class indices; detach it")
