@@ -160,7 +160,7 @@ def check_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
         return
     outside = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
     if outside.any():
-        first = target[outside][0].item()
+        first = target[outside][0].item()  # on a CPU, for the error's text
         raise IndexError(
             f"target: expected class indices from 0 to {num_classes - 1} or ignore_index={ignore_index}, got {first}"
         )

@@ -266,12 +266,11 @@ def self_regularized_entropy(
         backend=backend,
     )
     check_tensors(input, target, weight, ignore_index)
+    dim = min(1, input.dim() - 1)
+    num_classes = input.shape[dim]
     indices = target.shape != input.shape
     if indices:
         target = target.long()  # before anything is compared with it: in uint8, 300 is 44
-    dim = min(1, input.dim() - 1)
-    num_classes = input.shape[dim]
-    if indices:
         check_range(target, num_classes, ignore_index)
     wants_gradient = torch.is_grad_enabled() and input.requires_grad
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
