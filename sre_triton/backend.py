@@ -22,7 +22,6 @@ def choose(backend: str | None, logits: Tensor, differentiable_arguments: bool) 
     if backend == "triton":
         if logits.dtype == torch.float64:
             raise ValueError("backend: expected 'compile' or 'eager' for float64 logits, got 'triton'")
-        raise NotImplementedError("backend: the Triton kernels are not part of this version yet, got 'triton'")
     if backend == "compile" and differentiable_arguments:
         raise ValueError(
             "backend: expected 'eager' or None where target or weight require a gradient, got 'compile'; detach them "
@@ -33,6 +32,10 @@ def choose(backend: str | None, logits: Tensor, differentiable_arguments: bool) 
 
 def primitives(name: str) -> ModuleType:
     """The module that holds the backend's primitives."""
+    if name == "triton":
+        from . import launch
+
+        return launch
     from . import fallback
 
-    return {"compile": fallback}[name]
+    return fallback

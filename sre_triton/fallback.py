@@ -11,12 +11,11 @@ import itertools
 import types
 import warnings
 from collections.abc import Callable
-from typing import Optional
 
 import torch
 from torch import Tensor
 
-from .ops import primitive
+from .ops import new_gradient, primitive
 from .passes import Flags, Numbers, gradient_pass, lse_pass, sums_pass
 from .reference import compute_dtype
 
@@ -105,7 +104,7 @@ def _gradient(logits, gradient, rows, z, target, weight, stats, scale, e, number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The primitives. Their arguments end with the same options: c, λ', ignore_index, ε, α, and the softcap or 0.
+# The primitives. Their arguments end with the same options, ops.OPTIONS.
 
 
 def _prepared(logits, target, weight, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap):
@@ -152,21 +151,9 @@ def _losses_and_fill_gradient(gradient, logits, target, weight, scale, *options)
 
 
 @primitive("compile")
-def row_lse(
-    logits: Tensor,  # (N, K)
-    target: Tensor,  # (N,) class indices or (N, K) probabilities
-    weight: Optional[Tensor],  # (K,)
-    c: Tensor,  # ()
-    reg_weight: Tensor,  # ()
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> Tensor:  # (5, N)
-    """m, exp_sum, y_sum, yz_sum, omega of each row."""
-    target, weight, numbers, flags = _prepared(
-        logits, target, weight, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap
-    )
+def row_lse(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> Tensor:
+    """m, exp_sum, y_sum, yz_sum, omega of each row: (5, N)."""
+    target, weight, numbers, flags = _prepared(logits, target, weight, *options)
 
     def compute(rows, z, e):
         return (_call(lse_pass, flags, z, target[rows], weight, e, numbers),)
@@ -175,21 +162,9 @@ def row_lse(
 
 
 @primitive("compile")
-def row_sums(
-    logits: Tensor,  # (N, K)
-    target: Tensor,  # (N,) or (N, K)
-    stats: Tensor,  # (5, N), from row_lse
-    c: Tensor,  # ()
-    reg_weight: Tensor,  # ()
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> Tensor:  # (2, N)
-    """h_sum and u_sum of each row."""
-    target, _, numbers, flags = _prepared(
-        logits, target, None, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap
-    )
+def row_sums(logits: Tensor, target: Tensor, stats: Tensor, *options) -> Tensor:
+    """h_sum and u_sum of each row, (2, N), from the (5, N) of row_lse."""
+    target, _, numbers, flags = _prepared(logits, target, None, *options)
 
     def compute(rows, z, e):
         return _call(sums_pass, flags, z, target[rows], stats[:, rows].contiguous(), None, numbers)[:1]
@@ -198,21 +173,9 @@ def row_sums(
 
 
 @primitive("compile")
-def row_loss(
-    logits: Tensor,  # (N, K)
-    target: Tensor,  # (N,) or (N, K)
-    weight: Optional[Tensor],  # (K,)
-    c: Tensor,  # ()
-    reg_weight: Tensor,  # ()
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:  # losses (4, N), stats (7, N)
-    """The losses of each row, and the statistics from which row_gradient goes on."""
-    target, weight, numbers, flags = _prepared(
-        logits, target, weight, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap
-    )
+def row_loss(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> tuple[Tensor, Tensor]:
+    """The losses of each row, (4, N), and its statistics, (7, N), from which row_gradient goes on."""
+    target, weight, numbers, flags = _prepared(logits, target, weight, *options)
 
     def compute(rows, z, e):
         lse = _call(lse_pass, flags, z, target[rows], weight, e, numbers)
@@ -225,41 +188,20 @@ def row_loss(
 
 @primitive("compile")
 def row_gradient(
-    logits: Tensor,  # (N, K)
-    target: Tensor,  # (N,) or (N, K)
-    weight: Optional[Tensor],  # (K,)
-    stats: Tensor,  # (7, N), from row_lse and row_sums
-    scale: Tensor,  # (N,), what the gradient is multiplied by before it is rounded
-    c: Tensor,  # ()
-    reg_weight: Tensor,  # ()
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> Tensor:  # (N, K), the dtype of logits
-    """The gradient of scale * loss."""
-    options = (c, reg_weight, ignore_index, label_smoothing, z_loss, softcap)
-    gradient = logits.new_empty(logits.shape)
+    logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, scale: Tensor, *options
+) -> Tensor:
+    """The gradient of scale * loss, (N, K) in the dtype of the logits."""
+    gradient = new_gradient(logits)
     _fill_gradient(gradient, logits, target, weight, stats, scale, *options)
     return gradient
 
 
 @primitive("compile")
 def row_loss_and_gradient(
-    logits: Tensor,  # (N, K)
-    target: Tensor,  # (N,) or (N, K)
-    weight: Optional[Tensor],  # (K,)
-    scale: Tensor,  # (N,)
-    c: Tensor,  # ()
-    reg_weight: Tensor,  # ()
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:  # losses (4, N), gradient (N, K)
-    """The losses of each row and the gradient of scale * loss, from one read of the logits."""
-    options = (c, reg_weight, ignore_index, label_smoothing, z_loss, softcap)
-    gradient = logits.new_empty(logits.shape)
+    logits: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, *options
+) -> tuple[Tensor, Tensor]:
+    """The losses of each row, (4, N), and the gradient of scale * loss, (N, K), from one read of the logits."""
+    gradient = new_gradient(logits)
     return _losses_and_fill_gradient(gradient, logits, target, weight, scale, *options), gradient
 
 

@@ -19,8 +19,8 @@ LOSSES, (4, N): loss, H, S, α lse² of each row, weighted by omega, before ``re
 """
 
 import functools
-import inspect
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,22 +33,60 @@ NUM_STATS = NUM_LSE + NUM_SUMS
 # The dimension of the rows in each argument that has one.
 ROW_DIM = {"logits": 0, "target": 0, "scale": 0, "stats": 1}
 
+# The last arguments of all primitives. c and λ' are tensors, (), as torch.compile would compile numbers in; a softcap
+# of 0 is none.
+OPTIONS = "Tensor c, Tensor reg_weight, int ignore_index, float label_smoothing, float z_loss, float softcap"
 
-def _numbers(logits: Tensor, count: int) -> Tensor:
+
+def new_numbers(logits: Tensor, count: int) -> Tensor:
+    """(count, N) numbers of the rows, not yet written."""
     return logits.new_empty(count, logits.shape[0], dtype=compute_dtype(logits.dtype))
 
 
-def _gradient(logits: Tensor) -> Tensor:
+def new_gradient(logits: Tensor) -> Tensor:
+    """(N, K), contiguous, not yet written."""
     return logits.new_empty(logits.shape)
 
 
-# What each primitive returns, given its logits, and the dimension of the rows in each output.
-OUTPUTS: dict[str, tuple[Callable, tuple[int, ...]]] = {
-    "row_lse": (lambda z: _numbers(z, NUM_LSE), (1,)),
-    "row_sums": (lambda z: _numbers(z, NUM_SUMS), (1,)),
-    "row_gradient": (_gradient, (0,)),
-    "row_loss": (lambda z: (_numbers(z, NUM_LOSSES), _numbers(z, NUM_STATS)), (1, 1)),
-    "row_loss_and_gradient": (lambda z: (_numbers(z, NUM_LOSSES), _gradient(z)), (1, 0)),
+class Primitive(NamedTuple):
+    """What PyTorch must know of a primitive."""
+
+    arguments: str  # logits (N, K), target (N,) or (N, K), weight (K,), stats, scale (N,): factors of the gradient
+    fake: Callable  # the outputs, given the logits
+    row_dims: tuple[int, ...]  # the dimension of the rows in each output
+
+    def schema(self) -> str:
+        """As PyTorch writes it."""
+        outputs = ", ".join(["Tensor"] * len(self.row_dims))
+        return f"({self.arguments}, {OPTIONS}) -> ({outputs})"
+
+
+PRIMITIVES = {
+    "row_lse": Primitive(
+        "Tensor logits, Tensor target, Tensor? weight",
+        lambda z: new_numbers(z, NUM_LSE),
+        (1,),
+    ),
+    "row_sums": Primitive(
+        "Tensor logits, Tensor target, Tensor stats",
+        lambda z: new_numbers(z, NUM_SUMS),
+        (1,),
+    ),
+    "row_gradient": Primitive(
+        "Tensor logits, Tensor target, Tensor? weight, Tensor stats, Tensor scale",
+        new_gradient,
+        (0,),
+    ),
+    "row_loss": Primitive(
+        "Tensor logits, Tensor target, Tensor? weight",
+        lambda z: (new_numbers(z, NUM_LOSSES), new_numbers(z, NUM_STATS)),
+        (1, 1),
+    ),
+    "row_loss_and_gradient": Primitive(
+        "Tensor logits, Tensor target, Tensor? weight, Tensor scale",
+        lambda z: (new_numbers(z, NUM_LOSSES), new_gradient(z)),
+        (1, 0),
+    ),
 }
 
 
@@ -109,11 +147,13 @@ def primitive(backend: str) -> Callable[[Callable], Callable]:
 
     def register(function: Callable) -> Callable:
         name = function.__name__
-        names = list(inspect.signature(function).parameters)
-        fake, out_row_dims = OUTPUTS[name]
-        op = torch.library.custom_op(f"sre_triton::{backend}_{name}", function, mutates_args=())
-        op.register_fake(lambda logits, *_: fake(logits))
-        op.register_vmap(_batching_rule(op, names, out_row_dims))
+        primitive = PRIMITIVES[name]
+        op = torch.library.custom_op(
+            f"sre_triton::{backend}_{name}", function, mutates_args=(), schema=primitive.schema()
+        )
+        op.register_fake(lambda logits, *_: primitive.fake(logits))
+        names = [argument.name for argument in op._opoverload._schema.arguments]
+        op.register_vmap(_batching_rule(op, names, primitive.row_dims))
 
         @functools.wraps(function)
         def call(logits: Tensor, *args):

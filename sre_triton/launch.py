@@ -1,0 +1,232 @@
+"""The primitives on a GPU: which variant of a kernel is launched, and how."""
+
+import contextlib
+import functools
+import math
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from .kernels import (
+    Inputs,
+    Options,
+    Variant,
+    row_gradient_kernel,
+    row_loss_kernel,
+    row_lse_kernel,
+    row_sums_kernel,
+    scale_gradient_kernel,
+)
+from .ops import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, new_numbers, primitive
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+# Classes that a thread keeps in its registers: a warp of 32 holds a row of 1024, and 16 of them one of 16384.
+CLASSES_PER_THREAD = 32
+LONGEST_RESIDENT_ROW = 16384
+# Classes in a tile of a longer row.
+LOOP_BLOCK = 4096
+
+# Programs that multiply a stored gradient: enough for a GPU's bandwidth, few enough to cost nothing where the factor
+# is 1.
+SCALING_PROGRAMS = 1024
+
+
+@functools.cache
+def _gpu(device: torch.device) -> GPUTarget:
+    """What Triton compiles for; the interpreter counts as a GPU of 32 lanes without instructions of its own."""
+    return GPUTarget("interpreter", 0, 32) if INTERPRETED else triton.runtime.driver.active.get_current_target()
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device."""
+    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def _in_rows(matrix: Tensor) -> Tensor:
+    """The matrix, as a copy where its rows do not lie one element after another."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def _options(c, reg_weight, ignore_index, label_smoothing, z_loss, softcap) -> Options:
+    c = c.item()  # A tensor on the CPU, for the sake of torch.compile.
+    whole = round(math.log2(c))
+    on_cpu = reg_weight.device.type == "cpu"
+    return Options(
+        c=c,
+        log2_c_whole=float(whole),
+        log2_c_rest=math.log2(c) - whole,
+        reg_weight=reg_weight.item() if on_cpu else None,
+        reg_weight_ptr=None if on_cpu else reg_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing or None,
+        z_loss=z_loss,
+        softcap=softcap or None,
+    )
+
+
+def _launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, options: tuple, **arguments) -> None:
+    """Launch a kernel over the rows of the logits, with the Inputs, Options and Variant for them."""
+    num_rows, num_classes = logits.shape
+    if num_rows == 0:
+        return
+    options = _options(*options)
+    probabilities = target.dim() == 2
+    logits, target = _in_rows(logits), _in_rows(target) if probabilities else target.contiguous()
+    gradient = arguments.get("gradient_ptr")
+    strides = [matrix.stride(0) for matrix in (logits, gradient, target) if matrix is not None and matrix.dim() == 2]
+    # Divides K and the distance of rows, so that as many classes at a time are read and written: at most 16 bytes.
+    align = math.gcd(16 // logits.element_size(), num_classes, *strides)
+    if "gradient_ptr" in arguments:
+        arguments["gradient_stride"] = 0 if gradient is None else gradient.stride(0) // align
+
+    block_k = max(16, triton.next_power_of_2(num_classes))
+    resident = kernel is row_loss_kernel and block_k <= LONGEST_RESIDENT_ROW
+    if not resident:
+        block_k = min(block_k, LOOP_BLOCK)
+    tile_rows = max(1, CLASSES_PER_THREAD * 32 // block_k)
+    with _on(logits.device):
+        gpu = _gpu(logits.device)
+        kernel[(triton.cdiv(num_rows, tile_rows),)](
+            inputs=Inputs(
+                logits_ptr=logits,
+                logits_stride=logits.stride(0) // align,
+                target_ptr=target,
+                target_stride=target.stride(0) // align if probabilities else 0,
+                weight_ptr=weight,
+                num_rows=num_rows,
+                num_classes=num_classes // align,
+            ),
+            opts=options,
+            V=Variant(
+                PROBABILITIES=probabilities,
+                HAS_Y=probabilities or options.label_smoothing is not None,
+                RESIDENT=resident,
+                ROWS=tile_rows,
+                BLOCK_K=block_k,
+                ALIGN=align,
+                PTX=gpu.backend == "cuda",
+            ),
+            num_warps=max(1, tile_rows * block_k // (CLASSES_PER_THREAD * gpu.warp_size)),
+            enable_fp_fusion=True,
+            **arguments,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The primitives. Their arguments end with the same options, ops.OPTIONS.
+
+
+@primitive("triton")
+def row_lse(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> Tensor:
+    """m, exp_sum, y_sum, yz_sum, omega of each row: (5, N)."""
+    stats = new_numbers(logits, NUM_LSE)
+    _launch(row_lse_kernel, logits, target, weight, options, stats_ptr=stats)
+    return stats
+
+
+@primitive("triton")
+def row_sums(logits: Tensor, target: Tensor, stats: Tensor, *options) -> Tensor:
+    """h_sum and u_sum of each row, (2, N), from the (5, N) of row_lse."""
+    sums = new_numbers(logits, NUM_SUMS)
+    _launch(row_sums_kernel, logits, target, None, options, stats_ptr=stats.contiguous(), sums_ptr=sums)
+    return sums
+
+
+def _row_loss(logits, target, weight, options, *, scale=None, stats=None, gradient=None) -> Tensor:
+    losses = new_numbers(logits, NUM_LOSSES)
+    _launch(
+        row_loss_kernel,
+        logits,
+        target,
+        weight,
+        options,
+        scale_ptr=scale,
+        scale_stride=0 if scale is None else scale.stride(0),
+        losses_ptr=losses,
+        stats_ptr=stats,
+        gradient_ptr=gradient,
+    )
+    return losses
+
+
+@primitive("triton")
+def row_loss(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> tuple[Tensor, Tensor]:
+    """The losses of each row, (4, N), and its statistics, (7, N), from which row_gradient goes on."""
+    stats = new_numbers(logits, NUM_STATS)
+    return _row_loss(logits, target, weight, options, stats=stats), stats
+
+
+@primitive("triton")
+def row_loss_and_gradient(
+    logits: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, *options
+) -> tuple[Tensor, Tensor]:
+    """The losses of each row, (4, N), and the gradient of scale * loss, (N, K), from one read of the logits."""
+    gradient = new_gradient(logits)
+    return _row_loss(logits, target, weight, options, scale=scale, gradient=gradient), gradient
+
+
+def _fill_gradient(gradient, logits, target, weight, stats, scale, options) -> None:
+    _launch(
+        row_gradient_kernel,
+        logits,
+        target,
+        weight,
+        options,
+        stats_ptr=stats.contiguous(),
+        scale_ptr=scale,
+        scale_stride=scale.stride(0),
+        gradient_ptr=gradient,
+    )
+
+
+@primitive("triton")
+def row_gradient(
+    logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, scale: Tensor, *options
+) -> Tensor:
+    """The gradient of scale * loss, (N, K) in the dtype of the logits."""
+    gradient = new_gradient(logits)
+    _fill_gradient(gradient, logits, target, weight, stats, scale, options)
+    return gradient
+
+
+# Eager code only. Kernels write behind autograd's back, so its version counter is moved by hand.
+
+
+def row_loss_and_gradient_(logits, target, weight, scale, *options) -> tuple[Tensor, Tensor]:
+    """:func:`row_loss_and_gradient` with the gradient written over the logits."""
+    losses = _row_loss(logits, target, weight, options, scale=scale, gradient=logits)
+    torch.autograd.graph.increment_version(logits)
+    return losses, logits.detach()
+
+
+def row_gradient_(logits, target, weight, stats, scale, *options) -> Tensor:
+    """:func:`row_gradient` written over the logits."""
+    _fill_gradient(logits, logits, target, weight, stats, scale, options)
+    torch.autograd.graph.increment_version(logits)
+    return logits.detach()
+
+
+def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Multiply the stored gradient (N, K) by the upstream one, () or (N,); a factor of 1 is seen on the GPU."""
+    num_rows, num_classes = gradient.shape
+    align = math.gcd(16 // gradient.element_size(), num_classes, gradient.stride(0))
+    with _on(gradient.device):
+        if num_rows:
+            scale_gradient_kernel[(min(num_rows, SCALING_PROGRAMS),)](
+                gradient_ptr=gradient,
+                gradient_stride=gradient.stride(0) // align,
+                factor_ptr=factor,
+                factor_stride=factor.stride(0) if factor.dim() else 0,
+                num_rows=num_rows,
+                num_classes=num_classes // align,
+                num_programs=min(num_rows, SCALING_PROGRAMS),
+                BLOCK_K=max(16, min(triton.next_power_of_2(num_classes), 4096)),
+                ALIGN=align,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
+    torch.autograd.graph.increment_version(gradient)
+    return gradient
