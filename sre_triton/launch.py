@@ -23,14 +23,21 @@ from .ops import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, new_num
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-# Classes that a thread keeps in its registers: a warp of 32 holds a row of 1024, and 16 of them one of 16384.
-CLASSES_PER_THREAD = 32
-LONGEST_RESIDENT_ROW = 16384
-# Classes in a tile of a longer row.
-LOOP_BLOCK = 4096
+# A row of up to 16384 classes is kept in the registers of 512 threads, 128 each. Where a class has more than its logit
+# (a target probability, a weight, a softcap), half as many fit.
+RESIDENT_THREADS = 512
+RESIDENT_CLASSES_PER_THREAD = 32
+# Rows of few classes share a program until it has this many; with more, the numbers of the rows spill.
+SMALLEST_TILE = 256
+# Longer rows are walked in tiles. What is read again should come from the L2 cache, where only few rows fit at a time:
+# the longer they are, the more threads walk together.
+LOOP_CLASSES_PER_THREAD = 16
+LOOP_THREADS = 512
+LONG_ROW = 65536
+LONG_LOOP_THREADS = 1024
 
-# Programs that multiply a stored gradient: enough for a GPU's bandwidth, few enough to cost nothing where the factor
-# is 1.
+# Programs that multiply a stored gradient: enough for the bandwidth of a GPU, and few to start and end if there is
+# nothing to do.
 SCALING_PROGRAMS = 1024
 
 
@@ -72,7 +79,7 @@ def _launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, optio
     num_rows, num_classes = logits.shape
     if num_rows == 0:
         return
-    options = _options(*options)
+    opts = _options(*options)
     probabilities = target.dim() == 2
     logits, target = _in_rows(logits), _in_rows(target) if probabilities else target.contiguous()
     gradient = arguments.get("gradient_ptr")
@@ -82,13 +89,21 @@ def _launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, optio
     if "gradient_ptr" in arguments:
         arguments["gradient_stride"] = 0 if gradient is None else gradient.stride(0) // align
 
+    has_y = probabilities or opts.label_smoothing is not None
+    plain = not has_y and opts.softcap is None
     block_k = max(16, triton.next_power_of_2(num_classes))
-    resident = kernel is row_loss_kernel and block_k <= LONGEST_RESIDENT_ROW
+    per_thread = RESIDENT_CLASSES_PER_THREAD if plain else RESIDENT_CLASSES_PER_THREAD // 2
+    resident = kernel is row_loss_kernel and block_k <= RESIDENT_THREADS * per_thread
     if not resident:
-        block_k = min(block_k, LOOP_BLOCK)
-    tile_rows = max(1, CLASSES_PER_THREAD * 32 // block_k)
+        per_thread = LOOP_CLASSES_PER_THREAD
+        block_k = min(block_k, per_thread * (LONG_LOOP_THREADS if plain and num_classes >= LONG_ROW else LOOP_THREADS))
+    tile_rows = max(1, SMALLEST_TILE // block_k)
     with _on(logits.device):
         gpu = _gpu(logits.device)
+        num_warps = max(1, tile_rows * block_k // per_thread // gpu.warp_size)
+        if gpu.backend == "cuda":
+            # Left to itself, ptxas spills to stay below 64 where 128 are free.
+            arguments["maxnreg"] = min(128, 65536 // (num_warps * gpu.warp_size))
         kernel[(triton.cdiv(num_rows, tile_rows),)](
             inputs=Inputs(
                 logits_ptr=logits,
@@ -99,17 +114,17 @@ def _launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, optio
                 num_rows=num_rows,
                 num_classes=num_classes // align,
             ),
-            opts=options,
+            opts=opts,
             V=Variant(
                 PROBABILITIES=probabilities,
-                HAS_Y=probabilities or options.label_smoothing is not None,
+                HAS_Y=has_y,
                 RESIDENT=resident,
                 ROWS=tile_rows,
                 BLOCK_K=block_k,
                 ALIGN=align,
                 PTX=gpu.backend == "cuda",
             ),
-            num_warps=max(1, tile_rows * block_k // (CLASSES_PER_THREAD * gpu.warp_size)),
+            num_warps=num_warps,
             enable_fp_fusion=True,
             **arguments,
         )
