@@ -1,9 +1,27 @@
 """The only place that chooses who computes the loss."""
 
+import importlib.util
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+GPUS = ("cuda", "xpu")  # AMD's are "cuda" too
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and compiles for the device, or interprets on a CPU."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if device.type == "cpu":
+        return primitives("triton").INTERPRETED
+    if device.type == "cuda" and torch.version.hip is None:
+        return torch.cuda.get_device_capability(device) >= (7, 0)
+    return device.type in (*GPUS, "meta")
+
+
+# While compiling it is called, not traced.
+has_triton._dynamo_marked_constant = True
 
 
 def choose(backend: str | None, logits: Tensor, differentiable_arguments: bool) -> str:
@@ -18,14 +36,21 @@ def choose(backend: str | None, logits: Tensor, differentiable_arguments: bool) 
     if backend is None:
         # Inside torch.compile, torch.func transforms see through plain operations only.
         transformed = torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-        return "eager" if differentiable_arguments or transformed else "compile"
-    if backend == "triton":
-        if logits.dtype == torch.float64:
-            raise ValueError("backend: expected 'compile' or 'eager' for float64 logits, got 'triton'")
-    if backend == "compile" and differentiable_arguments:
+        if differentiable_arguments or transformed:
+            return "eager"
+        on_gpu = logits.device.type in GPUS and logits.dtype != torch.float64
+        return "triton" if on_gpu and has_triton(logits.device) else "compile"
+    if backend == "triton" and logits.dtype == torch.float64:
+        raise ValueError("backend: expected 'compile' or 'eager' for float64 logits, got 'triton'")
+    if backend == "triton" and not has_triton(logits.device):
         raise ValueError(
-            "backend: expected 'eager' or None where target or weight require a gradient, got 'compile'; detach them "
-            "if you do not want one"
+            f"backend: expected None, 'compile' or 'eager' for logits on {logits.device}, got 'triton', which needs "
+            "Triton and a GPU, or Triton's interpreter (TRITON_INTERPRET=1, set before the first import)"
+        )
+    if backend != "eager" and differentiable_arguments:
+        raise ValueError(
+            f"backend: expected 'eager' or None where target or weight require a gradient, got {backend!r}; detach "
+            "them if you do not want one"
         )
     return backend
 

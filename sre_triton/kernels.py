@@ -424,10 +424,10 @@ def scale_gradient_kernel(
     BLOCK_K: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Multiply the rows of a stored gradient; a factor of 1 is seen here, and costs neither traffic nor a wait."""
-    for row in range(tl.program_id(0), num_rows, num_programs):
+    for row in range(tl.program_id(0).to(tl.int64), num_rows, num_programs):
         factor = tl.load(factor_ptr + row * factor_stride)
         if factor != 1.0:
-            pointers = gradient_ptr + row.to(tl.int64) * (gradient_stride * ALIGN)
+            pointers = gradient_ptr + row * (gradient_stride * ALIGN)
             for start in range(0, num_classes * ALIGN, BLOCK_K):
                 cols = start + tl.arange(0, BLOCK_K)
                 mask = cols < num_classes * ALIGN

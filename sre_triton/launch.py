@@ -227,21 +227,23 @@ def row_gradient_(logits, target, weight, stats, scale, *options) -> Tensor:
 def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
     """Multiply the stored gradient (N, K) by the upstream one, () or (N,); a factor of 1 is seen on the GPU."""
     num_rows, num_classes = gradient.shape
+    if num_rows == 0 or gradient.is_meta:
+        return gradient
     align = math.gcd(16 // gradient.element_size(), num_classes, gradient.stride(0))
+    num_programs = min(num_rows, SCALING_PROGRAMS)
     with _on(gradient.device):
-        if num_rows:
-            scale_gradient_kernel[(min(num_rows, SCALING_PROGRAMS),)](
-                gradient_ptr=gradient,
-                gradient_stride=gradient.stride(0) // align,
-                factor_ptr=factor,
-                factor_stride=factor.stride(0) if factor.dim() else 0,
-                num_rows=num_rows,
-                num_classes=num_classes // align,
-                num_programs=min(num_rows, SCALING_PROGRAMS),
-                BLOCK_K=max(16, min(triton.next_power_of_2(num_classes), 4096)),
-                ALIGN=align,
-                num_warps=4,
-                enable_fp_fusion=True,
-            )
+        scale_gradient_kernel[(num_programs,)](
+            gradient_ptr=gradient,
+            gradient_stride=gradient.stride(0) // align,
+            factor_ptr=factor,
+            factor_stride=factor.stride(0) if factor.dim() else 0,
+            num_rows=num_rows,
+            num_classes=num_classes // align,
+            num_programs=num_programs,
+            BLOCK_K=max(16, min(triton.next_power_of_2(num_classes), 4096)),
+            ALIGN=align,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     torch.autograd.graph.increment_version(gradient)
     return gradient

@@ -222,10 +222,10 @@ def self_regularized_entropy(
             them, and for ``reduction="none"``; else False. "eager" keeps what autograd keeps.
         return_parts: also return :class:`Parts`.
         shard: not available in this version; None.
-        backend: ``"compile"`` (``torch.compile`` over blocks of rows), ``"eager"`` (plain autograd, differentiable
-            twice), ``"triton"`` (not available in this version) or None, which chooses: ``"eager"`` where ``target``
-            or ``weight`` require a gradient and for ``torch.func`` transforms inside ``torch.compile``, else
-            ``"compile"``.
+        backend: ``"triton"`` (kernels for a GPU; on a CPU only in Triton's interpreter; not float64), ``"compile"``
+            (``torch.compile`` over blocks of rows), ``"eager"`` (plain autograd, differentiable twice) or None, which
+            chooses: ``"eager"`` where ``target`` or ``weight`` require a gradient and for ``torch.func`` transforms
+            inside ``torch.compile``, else ``"triton"`` on a GPU that has it, else ``"compile"``.
 
     Returns:
         The loss, float32 (float64 for float64 logits), a scalar or with ``reduction="none"`` one number a row; with

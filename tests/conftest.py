@@ -1,7 +1,13 @@
 """Fixtures for all tests."""
 
+import os
+
 import pytest
 import torch
+
+# Triton reads it once. Where there is a GPU the kernels are compiled, and the tests of them run there.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from sre_triton import checks, fallback
 
@@ -28,19 +34,46 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(fallback, "_has_compiler", False)
 
 
-@pytest.fixture(params=["eager", "compile", "uncompiled"])
+# "triton" is the kernels in Triton's interpreter, "gpu" the same tests with all tensors there.
+ON_TRITON = [
+    pytest.param("triton", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here")),
+    pytest.param("gpu", marks=pytest.mark.gpu),
+]
+
+
+def _use(backend, request):
+    if backend == "uncompiled":
+        request.getfixturevalue("uncompiled")
+        return "compile"
+    if backend == "gpu":
+        request.getfixturevalue("on_gpu")
+        return "triton"
+    return backend
+
+
+@pytest.fixture
+def on_gpu():
+    """Tensors are made on the GPU."""
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.fixture(params=["eager", "compile", "uncompiled", *ON_TRITON])
 def backend(request):
     """The backends that compute; "uncompiled" is "compile" where there is no compiler."""
-    if request.param == "uncompiled":
-        request.getfixturevalue("uncompiled")
-        return "compile"
-    return request.param
+    return _use(request.param, request)
 
 
-@pytest.fixture(params=["eager", "uncompiled"])
+@pytest.fixture(params=["eager", "uncompiled", *ON_TRITON])
 def quick_backend(request):
-    """Both ways to compute, without the time to compile: for tests over very many options."""
-    if request.param == "uncompiled":
-        request.getfixturevalue("uncompiled")
-        return "compile"
-    return request.param
+    """All ways to compute, without the time to compile: for tests over very many options."""
+    return _use(request.param, request)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu need one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no GPU"))

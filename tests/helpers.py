@@ -30,17 +30,19 @@ OPTIONS = {
 
 def problem(N, K, options, *, probabilities=False, spread=3.0, seed=0, dtype=torch.float32):
     """Logits, target and the options with their class weights."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = (torch.randn(N, K, generator=generator) * spread).to(dtype)
-    target = torch.randint(K, (N,), generator=generator)
-    weight = torch.rand(K, generator=generator) + 0.1
-    if probabilities:
-        target = torch.rand(N, K, generator=generator)
-        target = target / target.sum(1, keepdim=True) * torch.linspace(0.5, 1.5, N)[:, None]
+    device = torch.get_default_device()
+    with torch.device("cpu"):  # where the random numbers are the same on every machine
+        generator = torch.Generator().manual_seed(seed)
+        logits = (torch.randn(N, K, generator=generator) * spread).to(dtype)
+        target = torch.randint(K, (N,), generator=generator)
+        weight = torch.rand(K, generator=generator) + 0.1
+        if probabilities:
+            target = torch.rand(N, K, generator=generator)
+            target = target / target.sum(1, keepdim=True) * torch.linspace(0.5, 1.5, N)[:, None]
     options = dict(options)
     if options.get("weight"):
-        options["weight"] = weight.to(dtype)
-    return logits, target, options
+        options["weight"] = weight.to(device, dtype)
+    return logits.to(device), target.to(device), options
 
 
 def loss_and_gradient(logits, target, *, upstream=None, loss=self_regularized_entropy, **options):

@@ -1,5 +1,9 @@
 """Who computes: chosen, refused, never replaced in silence."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -33,11 +37,31 @@ def test_compile_refuses_a_gradient_to_the_target():
         self_regularized_entropy(z, P.clone().requires_grad_(), backend="compile")
 
 
-def test_triton_is_not_there_yet():
-    with pytest.raises(NotImplementedError, match=r"^backend: .* got 'triton'"):
-        self_regularized_entropy(z, y, backend="triton")
+def test_triton_refuses_float64():
     with pytest.raises(ValueError, match="^backend: expected 'compile' or 'eager' for float64 logits, got 'triton'"):
         self_regularized_entropy(z.double(), y, backend="triton")
+
+
+@pytest.mark.parametrize("missing", ["interpreter", "package"])
+def test_triton_needs_triton(missing):
+    code = f"""
+import sys, torch
+if {missing == "package"}:
+    sys.modules["triton"] = None
+from sre_triton import self_regularized_entropy
+try:
+    self_regularized_entropy(torch.zeros(2, 3), torch.tensor([0, 1]), backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TRITON_INTERPRET": "1" if missing == "package" else "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert out.startswith("backend: expected None, 'compile' or 'eager' for logits on cpu, got 'triton', which needs")
 
 
 def test_shards_are_not_there_yet():

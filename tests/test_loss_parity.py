@@ -60,6 +60,8 @@ def test_shapes_and_arguments(shape, probabilities, quick_backend):
 @pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_dtypes(dtype, probabilities, quick_backend):
+    if (dtype, quick_backend) == (torch.float64, "triton"):
+        pytest.skip("refused")
     for shape in ((5, 7), (2, 7, 3)):
         logits, target = arguments(shape, probabilities, dtype)
         weight = torch.linspace(0.1, 2.0, 7).to(dtype)
