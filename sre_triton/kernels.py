@@ -96,7 +96,7 @@ def _targets(inputs, opts, rows, inside, V: tl.constexpr):
         counted = inside & (target != opts.ignore_index)
         in_range = (target >= 0) & (target < inputs.num_classes * V.ALIGN)
         g = tl.where(in_range, target, 0)
-        z_g = load_logits(inputs.logits_ptr + rows * (inputs.logits_stride * V.ALIGN) + g, counted, opts.softcap)
+        z_g = load_logits(inputs.logits_ptr + rows * inputs.logits_stride * V.ALIGN + g, counted, opts.softcap)
         w_g = tl.where(in_range, 1.0, float("nan"))
         if inputs.weight_ptr is not None:
             w_g *= tl.load(inputs.weight_ptr + g, mask=counted, other=0.0).to(tl.float32)
@@ -126,7 +126,7 @@ def _load_y(inputs, opts, rows, cols, mask, V: tl.constexpr):
     """y, w y, and w y before smoothing of a tile. For class indices y is what all classes have, ε/K."""
     share, at_target = _shares(inputs, opts, V)
     if V.PROBABILITIES:
-        pointers = inputs.target_ptr + rows[:, None] * (inputs.target_stride * V.ALIGN)
+        pointers = inputs.target_ptr + rows[:, None] * inputs.target_stride * V.ALIGN
         given = tl.load(pointers + cols, mask=mask, other=0.0).to(tl.float32)
         y = given
         if opts.label_smoothing is not None:
@@ -146,7 +146,7 @@ def _load_tile(inputs, opts, rows, counted, start, V: tl.constexpr):
     """z, and if HAS_Y the tiles of `_load_y`; -inf and 0 where there is nothing or the row is not counted."""
     cols, inside = _columns(inputs, rows, start, V)
     mask = inside & counted[:, None]
-    pointers = inputs.logits_ptr + rows[:, None] * (inputs.logits_stride * V.ALIGN)
+    pointers = inputs.logits_ptr + rows[:, None] * inputs.logits_stride * V.ALIGN
     z = load_logits(pointers + cols, mask, opts.softcap)
     if V.HAS_Y:
         y, wy, given = _load_y(inputs, opts, rows, cols, mask, V)
@@ -179,7 +179,7 @@ def _store_gradient_of_tile(
         z, wy, columns(numbers), coef_e[:, None], coef_u, scale[:, None], opts.softcap, V.HAS_Y, V.PTX
     )
     cols, inside = _columns(inputs, rows, start, V)
-    pointers = gradient_ptr + rows[:, None] * (gradient_stride * V.ALIGN)
+    pointers = gradient_ptr + rows[:, None] * gradient_stride * V.ALIGN
     tl.store(pointers + cols, gradient, mask=inside)
 
 
@@ -195,7 +195,7 @@ def _store_gradient_of_targets(
         z_g, w_g * y_g, numbers, coef_e, coef_u * (1.0 - y_g), scale, opts.softcap, True, V.PTX
     )
     tl.debug_barrier()
-    tl.store(gradient_ptr + rows * (gradient_stride * V.ALIGN) + g, gradient, mask=counted)
+    tl.store(gradient_ptr + rows * gradient_stride * V.ALIGN + g, gradient, mask=counted)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,10 +424,10 @@ def scale_gradient_kernel(
     BLOCK_K: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Multiply the rows of a stored gradient; a factor of 1 is seen here, and costs neither traffic nor a wait."""
-    for row in range(tl.program_id(0).to(tl.int64), num_rows, num_programs):
+    for row in range(tl.program_id(0), num_rows, num_programs):
         factor = tl.load(factor_ptr + row * factor_stride)
         if factor != 1.0:
-            pointers = gradient_ptr + row * (gradient_stride * ALIGN)
+            pointers = gradient_ptr + tl.cast(row, tl.int64) * gradient_stride * ALIGN
             for start in range(0, num_classes * ALIGN, BLOCK_K):
                 cols = start + tl.arange(0, BLOCK_K)
                 mask = cols < num_classes * ALIGN

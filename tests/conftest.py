@@ -71,6 +71,18 @@ def quick_backend(request):
     return _use(request.param, request)
 
 
+@pytest.fixture(params=["uncompiled", *ON_TRITON])
+def row_backend(request):
+    """The backends made of row primitives."""
+    return _use(request.param, request)
+
+
+@pytest.fixture(params=ON_TRITON)
+def on_triton(request):
+    """The kernels, interpreted or on a GPU."""
+    return _use(request.param, request)
+
+
 def pytest_collection_modifyitems(items):
     """Tests marked gpu need one."""
     if not torch.cuda.is_available():

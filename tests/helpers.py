@@ -45,6 +45,21 @@ def problem(N, K, options, *, probabilities=False, spread=3.0, seed=0, dtype=tor
     return logits.to(device), target.to(device), options
 
 
+def options_of(**options):
+    """The last arguments of the primitives."""
+    defaults = {
+        "c": 1e-7,
+        "reg_weight": 1.0,
+        "ignore_index": -100,
+        "label_smoothing": 0.0,
+        "z_loss": 0.0,
+        "softcap": 0.0,
+    }
+    values = defaults | {name: value for name, value in options.items() if name in defaults}
+    c, reg_weight, *rest = values.values()
+    return torch.tensor(c, dtype=torch.float64, device="cpu"), torch.tensor(reg_weight), *rest
+
+
 def loss_and_gradient(logits, target, *, upstream=None, loss=self_regularized_entropy, **options):
     """The loss, its parts and the gradient of the loss with respect to the logits."""
     leaf = logits.detach().clone().requires_grad_()
@@ -64,10 +79,10 @@ def truth(logits, target, *, upstream=None, **options):
     return loss_and_gradient(logits.double(), target, upstream=upstream, loss=loss, **wide)
 
 
-def assert_within_bounds(logits, target, backend, **options):
+def assert_within_bounds(logits, target, backend, *, recompute=None, **options):
     """The bounds of float32: each row's H and S to 2e-6 (H + S) + 3e-7, its gradient to 5e-6 of its norm + 3e-7."""
     rows = {**options, "reduction": "none"}
-    loss, parts, gradient = loss_and_gradient(logits, target, backend=backend, **rows)
+    loss, parts, gradient = loss_and_gradient(logits, target, backend=backend, recompute=recompute, **rows)
     true_loss, true_parts, true_gradient = truth(logits, target, **rows)
     size = true_parts.cross_entropy.abs() + true_parts.regularizer.abs()
     for part, true_part in zip(parts[:2], true_parts[:2], strict=True):

@@ -18,21 +18,6 @@ def compilations():
     return counters["stats"]["unique_graphs"]
 
 
-def options_of(**options):
-    """The primitives' last arguments."""
-    defaults = {
-        "c": 1e-7,
-        "reg_weight": 1.0,
-        "ignore_index": -100,
-        "label_smoothing": 0.0,
-        "z_loss": 0.0,
-        "softcap": 0.0,
-    }
-    values = defaults | {name: value for name, value in options.items() if name in defaults}
-    c, reg_weight, *rest = values.values()
-    return torch.tensor(c, dtype=torch.float64), torch.tensor(reg_weight), *rest
-
-
 @pytest.fixture
 def fresh():
     """Nothing compiled yet, and every compilation counted."""
@@ -133,31 +118,6 @@ def test_blocks_change_nothing(block_bytes, monkeypatch, uncompiled):
             blocks = loss_and_gradient(logits, target, recompute=recompute, **options)
         assert torch.equal(blocks[2], expected[2])
         torch.testing.assert_close(blocks, expected)
-
-
-@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
-def test_primitives_compose(probabilities, uncompiled):
-    logits, target, keywords = problem(9, 30, OPTIONS["all"], probabilities=probabilities)
-    weight, options = keywords["weight"], options_of(**keywords)
-    scale = torch.rand(9)
-    lse = fallback.row_lse(logits, target, weight, *options)
-    sums = fallback.row_sums(logits, target, lse, *options)
-    losses, stats = fallback.row_loss(logits, target, weight, *options)
-    torch.testing.assert_close(torch.cat([lse, sums]), stats)
-    gradient = fallback.row_gradient(logits, target, weight, stats, scale, *options)
-    fused_losses, fused_gradient = fallback.row_loss_and_gradient(logits, target, weight, scale, *options)
-    torch.testing.assert_close(fused_losses, losses)
-    torch.testing.assert_close(fused_gradient, gradient)
-
-
-def test_shards_combine_by_maximum_and_sum(uncompiled):
-    logits, _, _ = problem(9, 30, {})
-    options = options_of()
-    m, exp_sum = fallback.row_lse(logits, torch.zeros(9).long(), None, *options)[:2]
-    parts = [fallback.row_lse(half, torch.zeros(9).long(), None, *options)[:2] for half in logits.split((11, 19), 1)]
-    largest = torch.maximum(parts[0][0], parts[1][0])
-    total = sum(part[1] * (part[0] - largest).exp() for part in parts)
-    torch.testing.assert_close(largest + total.log(), m + exp_sum.log())
 
 
 def run(code, **environment):

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sre_triton import Parts, SelfRegularizedEntropyLoss, checks, fallback, self_regularized_entropy
+from sre_triton.backend import primitives
 
 modes = pytest.mark.parametrize("recompute", [False, True], ids=["single pass", "recompute"])
 
@@ -187,17 +188,18 @@ def test_eager_is_differentiable_twice():
     assert torch.autograd.gradgradcheck(lambda z: self_regularized_entropy(z, target, backend="eager"), leaf)
 
 
-def test_stored_gradient_is_handed_over_without_a_copy(rows, monkeypatch, uncompiled):
+def test_stored_gradient_is_handed_over_without_a_copy(rows, monkeypatch, row_backend):
     stored = []
+    module = primitives(row_backend)
 
-    def compute(*args, row_loss_and_gradient=fallback.row_loss_and_gradient):
+    def compute(*args, row_loss_and_gradient=module.row_loss_and_gradient):
         losses, gradient = row_loss_and_gradient(*args)
         stored.append(gradient.data_ptr())
         return losses, gradient
 
-    monkeypatch.setattr(fallback, "row_loss_and_gradient", compute)
+    monkeypatch.setattr(module, "row_loss_and_gradient", compute)
     logits, target = rows
-    self_regularized_entropy(logits, target).backward(torch.tensor(2.0))
+    self_regularized_entropy(logits, target, backend=row_backend).backward(torch.tensor(2.0))
     assert stored == [logits.grad.data_ptr()]
     assert logits.grad.grad_fn is None
 
@@ -223,10 +225,10 @@ def test_no_gradient_is_computed_that_nobody_wants(rows, monkeypatch, uncompiled
     ],
     ids=str,
 )
-def test_recompute_chosen_by_dtype_and_reduction(dtype, reduction, recomputes, rows, uncompiled):
+def test_recompute_chosen_by_dtype_and_reduction(dtype, reduction, recomputes, rows, row_backend):
     logits, target = rows
     logits = logits.detach().to(dtype).requires_grad_()
-    loss = self_regularized_entropy(logits, target, reduction=reduction).sum()
+    loss = self_regularized_entropy(logits, target, reduction=reduction, backend=row_backend).sum()
     loss.backward(retain_graph=True)
     if recomputes:
         loss.backward()
@@ -269,7 +271,7 @@ def test_threads(uncompiled):
 @modes
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("view", ["itself", "view", "columns"])
-def test_inplace_takes_the_storage_of_the_logits(view, reduction, recompute, uncompiled):
+def test_inplace_takes_the_storage_of_the_logits(view, reduction, recompute, row_backend):
     source, target, _ = problem(6, 20, {})
     source.requires_grad_()
     logits = source * 1.0
@@ -278,12 +280,14 @@ def test_inplace_takes_the_storage_of_the_logits(view, reduction, recompute, unc
     values, version = seen.detach().clone(), logits._version
     caught = []
     logits.register_hook(lambda gradient: caught.append(gradient.clone()))
-    loss = self_regularized_entropy(seen, target, inplace=True, recompute=recompute, reduction=reduction)
+    loss = self_regularized_entropy(
+        seen, target, inplace=True, recompute=recompute, reduction=reduction, backend=row_backend
+    )
     if recompute:
         assert logits._version == version
     loss.sum().backward()
     assert logits._version > version
-    _, _, gradient = loss_and_gradient(values, target, reduction=reduction)
+    _, _, gradient = loss_and_gradient(values, target, reduction=reduction, backend=row_backend)
     torch.testing.assert_close(seen.detach(), gradient)
     torch.testing.assert_close(caught[0][:, : seen.shape[1]], gradient)
     torch.testing.assert_close(source.grad[:, : seen.shape[1]], gradient)
@@ -316,12 +320,12 @@ def test_without_inplace_the_logits_stay(rows, quick_backend):
     assert logits._version == version
 
 
-def test_inplace_on_overlapping_rows_is_out_of_place(uncompiled):
+def test_inplace_on_overlapping_rows_is_out_of_place(row_backend):
     source = torch.randn(1, 20).requires_grad_()
     logits = (source * 1).expand(4, 20)
-    self_regularized_entropy(logits, torch.arange(4), inplace=True).backward()
+    self_regularized_entropy(logits, torch.arange(4), inplace=True, backend=row_backend).backward()
     expected = source.detach().clone().requires_grad_()
-    self_regularized_entropy(expected.expand(4, 20), torch.arange(4)).backward()
+    self_regularized_entropy(expected.expand(4, 20), torch.arange(4), backend=row_backend).backward()
     torch.testing.assert_close(source.grad, expected.grad)
 
 
@@ -346,36 +350,42 @@ def test_fullgraph_compile(name, recompute, backend):
         torch.testing.assert_close(leaf.grad.double(), 2 * gradient, rtol=tolerance, atol=tolerance / 100)
 
 
-def test_compiled_graph_is_not_compiled_again_for_another_reg_weight(uncompiled):
+def test_compiled_graph_is_not_compiled_again_for_another_reg_weight(row_backend):
     torch.compiler.reset()
     counter = CompileCounter()
     logits, target, _ = problem(6, 20, {})
     compiled = torch.compile(
-        lambda z, weight: self_regularized_entropy(z, target, reg_weight=weight), fullgraph=True, backend=counter
+        lambda z, weight: self_regularized_entropy(z, target, reg_weight=weight, backend=row_backend),
+        fullgraph=True,
+        backend=counter,
     )
     for value in (0.1, 0.2, 0.3, 0.4):
         loss = compiled(logits, torch.tensor(value))
-        torch.testing.assert_close(loss, self_regularized_entropy(logits, target, reg_weight=value))
+        torch.testing.assert_close(
+            loss, self_regularized_entropy(logits, target, reg_weight=value, backend=row_backend)
+        )
     assert counter.frame_count == 1
 
 
 @modes
-def test_compiled_graph_takes_every_batch_size(recompute, uncompiled):
+def test_compiled_graph_takes_every_batch_size(recompute, row_backend):
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
-        lambda z, t: self_regularized_entropy(z, t, recompute=recompute), fullgraph=True, backend=counter
+        lambda z, t: self_regularized_entropy(z, t, recompute=recompute, backend=row_backend),
+        fullgraph=True,
+        backend=counter,
     )
     for N in (6, 7, 20, 3):
         logits, target, _ = problem(N, 20, {})
         leaf = logits.clone().requires_grad_()
         compiled(leaf, target).backward()
-        torch.testing.assert_close(leaf.grad, loss_and_gradient(logits, target)[2])
+        torch.testing.assert_close(leaf.grad, loss_and_gradient(logits, target, backend=row_backend)[2])
     assert counter.frame_count <= 2  # one for the first size, one for all
 
 
 @pytest.mark.parametrize("case", ["probabilities", "denominator"])
-def test_compiled_graph_takes_every_number_of_rows(case, uncompiled):
+def test_compiled_graph_takes_every_number_of_rows(case, row_backend):
     torch.compiler.reset()
     counter = CompileCounter()
     compiled = torch.compile(self_regularized_entropy, fullgraph=True, backend=counter)
@@ -383,16 +393,19 @@ def test_compiled_graph_takes_every_number_of_rows(case, uncompiled):
         logits, target, _ = problem(6 if case == "denominator" else N, 20, {}, probabilities=case == "probabilities")
         keywords = {"denominator": N} if case == "denominator" else {}
         torch.testing.assert_close(
-            compiled(logits, target, **keywords), self_regularized_entropy(logits, target, **keywords)
+            compiled(logits, target, **keywords),
+            self_regularized_entropy(logits, target, **keywords, backend=row_backend),
         )
     assert counter.frame_count <= 2
 
 
-def test_compiling_ignores_inplace(uncompiled):
+def test_compiling_ignores_inplace(row_backend):
     torch.compiler.reset()
     logits, target, _ = problem(6, 20, {})
     leaf = logits.clone().requires_grad_()
-    torch.compile(lambda z: self_regularized_entropy(z, target, inplace=True), backend="aot_eager")(leaf).backward()
+    torch.compile(
+        lambda z: self_regularized_entropy(z, target, inplace=True, backend=row_backend), backend="aot_eager"
+    )(leaf).backward()
     assert torch.equal(leaf.detach(), logits)
 
 
@@ -432,21 +445,21 @@ def test_transforms_inside_compile(rows):
 
 
 @modes
-def test_batched_gradients(recompute, rows, uncompiled):
+def test_batched_gradients(recompute, rows, row_backend):
     logits, target = rows
-    loss = self_regularized_entropy(logits, target, reduction="none", recompute=recompute)
+    loss = self_regularized_entropy(logits, target, reduction="none", recompute=recompute, backend=row_backend)
     (jacobian,) = torch.autograd.grad(loss, logits, torch.eye(6), is_grads_batched=True)
-    _, _, gradient = loss_and_gradient(logits, target, reduction="sum")
+    _, _, gradient = loss_and_gradient(logits, target, reduction="sum", backend=row_backend)
     torch.testing.assert_close(jacobian, torch.diag_embed(gradient.T).permute(1, 2, 0))
 
 
 @modes
-def test_backward_can_be_traced(recompute, rows, uncompiled):
+def test_backward_can_be_traced(recompute, rows, row_backend):
     logits, target = rows[0].detach(), rows[1]
 
     def gradient(z):
         z = z.detach().requires_grad_()
-        return torch.autograd.grad(self_regularized_entropy(z, target, recompute=recompute), z)[0]
+        return torch.autograd.grad(self_regularized_entropy(z, target, recompute=recompute, backend=row_backend), z)[0]
 
     traced = torch.fx.experimental.proxy_tensor.make_fx(gradient)(logits)
     torch.testing.assert_close(traced(logits), gradient(logits))
@@ -474,13 +487,13 @@ def test_functorch_says_no_to_second_derivatives(recompute, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype, uncompiled):
+def test_autocast(dtype, row_backend):
     layer, features = torch.nn.Linear(8, 20), torch.randn(6, 8)
     weight = torch.rand(20)
     target = torch.arange(6)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(features.device.type, dtype=dtype):
         logits = layer(features)
-        ours = self_regularized_entropy(logits, target, weight, reg_weight=0)
+        ours = self_regularized_entropy(logits, target, weight, reg_weight=0, backend=row_backend)
         theirs = F.cross_entropy(logits, target, weight)
     assert logits.dtype == dtype
     assert ours.dtype == torch.float32
@@ -489,12 +502,12 @@ def test_autocast(dtype, uncompiled):
     assert torch.isfinite(layer.weight.grad).all()
 
 
-def test_grad_scaler_saves_small_half_precision_gradients(uncompiled):
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+def test_grad_scaler_saves_small_half_precision_gradients(row_backend):
     logits, target, _ = problem(4096, 10, {}, spread=0.1)
+    scaler = torch.amp.GradScaler(logits.device.type, init_scale=2.0**16)
     weight = torch.eye(10).requires_grad_()
-    with torch.autocast("cpu", dtype=torch.float16):
-        loss = self_regularized_entropy(logits @ weight, target)
+    with torch.autocast(logits.device.type, dtype=torch.float16):
+        loss = self_regularized_entropy(logits @ weight, target, backend=row_backend)
     optimizer = torch.optim.SGD([weight], lr=0.0)
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
@@ -505,10 +518,12 @@ def test_grad_scaler_saves_small_half_precision_gradients(uncompiled):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @modes
-def test_activation_checkpointing(recompute, use_reentrant, rows, uncompiled):
+def test_activation_checkpointing(recompute, use_reentrant, rows, row_backend):
     logits, target = rows
     loss = torch.utils.checkpoint.checkpoint(
-        lambda z: self_regularized_entropy(z * 1, target, recompute=recompute), logits, use_reentrant=use_reentrant
+        lambda z: self_regularized_entropy(z * 1, target, recompute=recompute, backend=row_backend),
+        logits,
+        use_reentrant=use_reentrant,
     )
     loss.backward()
     torch.testing.assert_close(logits.grad.double(), truth(logits, target)[2], rtol=1e-4, atol=1e-7)

@@ -89,10 +89,10 @@ def test_bounds_for_every_c(c, backend):
 @both_targets
 @pytest.mark.parametrize("recompute", [False, True], ids=["single pass", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_gradients_are_rounded_once(dtype, recompute, probabilities, uncompiled):
+def test_half_precision_gradients_are_rounded_once(dtype, recompute, probabilities, row_backend):
     logits, target, options = problem(64, 300, {"class_mean": True}, probabilities=probabilities, dtype=dtype)
-    loss, _, gradient = loss_and_gradient(logits, target, recompute=recompute, **options)
-    wide_loss, _, wide_gradient = loss_and_gradient(logits.float(), target, **options)
+    loss, _, gradient = loss_and_gradient(logits, target, recompute=recompute, **options, backend=row_backend)
+    wide_loss, _, wide_gradient = loss_and_gradient(logits.float(), target, **options, backend=row_backend)
     assert loss.dtype == torch.float32
     assert gradient.dtype == dtype
     torch.testing.assert_close(loss, wide_loss)

@@ -2,19 +2,25 @@
 
 import pytest
 import torch
-from helpers import OPTIONS, problem
-from test_fallback import options_of
+from helpers import OPTIONS, options_of, problem
 
-from sre_triton import fallback, ops
+from sre_triton import ops
+from sre_triton.backend import primitives
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 
 
-def arguments(name, probabilities, dtype=torch.float32):
+@pytest.fixture
+def module(row_backend):
+    """A backend's primitives."""
+    return primitives(row_backend)
+
+
+def arguments(module, name, probabilities, dtype=torch.float32):
     logits, target, keywords = problem(6, 20, OPTIONS["all"], probabilities=probabilities, dtype=dtype)
     options = options_of(**keywords)
     weight, scale = keywords["weight"], torch.rand(6)
-    _, stats = fallback.row_loss(logits, target, weight, *options)
+    _, stats = module.row_loss(logits, target, weight, *options)
     given = {
         "row_lse": (weight,),
         "row_sums": (stats[: ops.NUM_LSE].contiguous(),),
@@ -27,27 +33,64 @@ def arguments(name, probabilities, dtype=torch.float32):
 
 @both_targets
 @pytest.mark.parametrize("name", ops.PRIMITIVES)
-def test_opcheck(name, probabilities, uncompiled):
-    torch.library.opcheck(getattr(fallback, name).op, arguments(name, probabilities))
+def test_opcheck(name, probabilities, module):
+    torch.library.opcheck(getattr(module, name).op, arguments(module, name, probabilities))
 
 
 @pytest.mark.parametrize("name", ops.PRIMITIVES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_fakes_have_the_shapes_and_dtypes_of_the_results(name, dtype, uncompiled):
-    given = arguments(name, False, dtype)
-    real = getattr(fallback, name)(*given)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_fakes_have_the_shapes_and_dtypes_of_the_results(name, dtype, module):
+    if (dtype, module) == (torch.float64, primitives("triton")):
+        pytest.skip("refused")
+    given = arguments(module, name, False, dtype)
+    real = getattr(module, name)(*given)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = getattr(fallback, name)(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given])
+        fake = getattr(module, name)(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given])
     for ours, theirs in zip(*((o,) if isinstance(o, torch.Tensor) else o for o in (real, fake)), strict=True):
         assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
 
 
 @both_targets
+@pytest.mark.parametrize("K", [30, 9000])
+def test_primitives_compose(K, probabilities, module):
+    logits, target, keywords = problem(9, K, OPTIONS["all"], probabilities=probabilities)
+    weight, options = keywords["weight"], options_of(**keywords)
+    scale = torch.rand(9)
+    lse = module.row_lse(logits, target, weight, *options)
+    sums = module.row_sums(logits, target, lse, *options)
+    losses, stats = module.row_loss(logits, target, weight, *options)
+    torch.testing.assert_close(torch.cat([lse, sums]), stats)
+    gradient = module.row_gradient(logits, target, weight, stats, scale, *options)
+    fused_losses, fused_gradient = module.row_loss_and_gradient(logits, target, weight, scale, *options)
+    torch.testing.assert_close(fused_losses, losses)
+    torch.testing.assert_close(fused_gradient, gradient)
+
+
+@both_targets
+def test_backends_agree_on_the_statistics(probabilities, on_triton, uncompiled):
+    logits, target, keywords = problem(9, 30, OPTIONS["all"], probabilities=probabilities)
+    given = (logits, target, keywords["weight"], *options_of(**keywords))
+    for ours, theirs in zip(primitives("triton").row_loss(*given), primitives("compile").row_loss(*given), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_shards_combine_by_maximum_and_sum(module):
+    logits, _, _ = problem(9, 30, {})
+    options = options_of()
+    target = torch.zeros(9).long()
+    m, exp_sum = module.row_lse(logits, target, None, *options)[:2]
+    parts = [module.row_lse(half, target, None, *options)[:2] for half in logits.split((11, 19), 1)]
+    largest = torch.maximum(parts[0][0], parts[1][0])
+    total = sum(part[1] * (part[0] - largest).exp() for part in parts)
+    torch.testing.assert_close(largest + total.log(), m + exp_sum.log())
+
+
+@both_targets
 @pytest.mark.parametrize("name", ops.PRIMITIVES)
 @pytest.mark.parametrize("batched", ["rows", "weight", "logits only"])
-def test_batching_rule(name, batched, probabilities, uncompiled):
-    function = getattr(fallback, name)
-    logits, target, *rest = arguments(name, probabilities)
+def test_batching_rule(name, batched, probabilities, module):
+    function = getattr(module, name)
+    logits, target, *rest = arguments(module, name, probabilities)
     logits = torch.stack([logits, logits * 2, logits - 1], 1)
     in_dims = [1, None, *[None] * len(rest)]
     if batched == "rows":
@@ -66,7 +109,7 @@ def test_batching_rule(name, batched, probabilities, uncompiled):
             torch.testing.assert_close(many[i], one)
 
 
-def test_plain_calls_do_not_pass_the_dispatcher(uncompiled, monkeypatch):
-    given = arguments("row_lse", False)
+def test_plain_calls_do_not_pass_the_dispatcher(module, monkeypatch):
+    given = arguments(module, "row_lse", False)
     monkeypatch.setattr(torch._library.custom_ops.CustomOpDef, "__call__", lambda *_: pytest.fail("dispatched"))
-    fallback.row_lse(*given)
+    module.row_lse(*given)

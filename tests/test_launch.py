@@ -1,0 +1,230 @@
+"""The kernels as they are launched: every tile and its edges, memory that is not theirs, what goes wrong on GPUs."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import OPTIONS, assert_within_bounds, loss_and_gradient, options_of, problem, truth
+
+from sre_triton import self_regularized_entropy
+from sre_triton.backend import primitives
+
+both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+
+# The tiles' widths, one less and one more, and what people have.
+POWERS = [2**i for i in range(4, 15)]
+EDGES = sorted({1, 2, 3, 123, 507, 1823, 5003, *(K + i for K in POWERS for i in (-1, 0, 1))})
+CLOSE = {"rtol": 1e-4, "atol": 1e-7}
+LONG = [50257, 65535, 65536, 65537]
+
+
+@pytest.fixture
+def launch(on_triton):
+    return primitives(on_triton)
+
+
+@pytest.mark.parametrize("K", EDGES + LONG)
+def test_bounds_at_the_edges_of_tiles(K, on_triton):
+    logits, target, _ = problem(3, K, {})
+    target[0], target[1] = 0, K - 1
+    assert_within_bounds(logits, target, on_triton)
+    assert_within_bounds(logits, target, on_triton, recompute=False)
+
+
+@both_targets
+@pytest.mark.parametrize("K", [1, 16, 17, 123, 300, 1000, 8192, 8193])
+def test_all_options_at_the_edges_of_tiles(K, probabilities, on_triton):
+    logits, target, options = problem(3, K, OPTIONS["all"], probabilities=probabilities)
+    for recompute in (False, True):
+        loss, _, gradient = loss_and_gradient(logits, target, backend=on_triton, recompute=recompute, **options)
+        true_loss, _, true_gradient = truth(logits, target, **options)
+        torch.testing.assert_close(loss.double(), true_loss, rtol=5e-6, atol=1e-6)
+        torch.testing.assert_close(gradient.double(), true_gradient, **CLOSE)
+
+
+@pytest.mark.parametrize("N", [1, 15, 16, 17, 40])
+def test_rows_that_share_a_program(N, on_triton):
+    logits, target, _ = problem(N, 10, {})
+    target[::4] = -100
+    logits[::4] = torch.nan
+    _, _, gradient = loss_and_gradient(logits, target, backend=on_triton, reduction="sum")
+    kept = target != -100
+    assert (gradient[~kept] == 0).all()
+    torch.testing.assert_close(gradient[kept].double(), truth(logits[kept], target[kept], reduction="sum")[2], **CLOSE)
+
+
+def guarded(shape, dtype, pad=5, fill=torch.nan):
+    """A matrix in the middle of a larger one, and a check that nothing around it has changed."""
+    N, K = shape
+    band = torch.full((N + 4, K + 2 * pad), fill, dtype=dtype)
+    matrix = band[2 : N + 2, pad : pad + K]
+
+    def untouched():
+        outside = torch.ones(band.shape, dtype=torch.bool)
+        outside[2 : N + 2, pad : pad + K] = False
+        return band[outside].isnan().all()
+
+    return matrix, untouched
+
+
+@both_targets
+@pytest.mark.parametrize("name", ["default", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("K", [1, 7, 100, 123, 1000, 9001])
+def test_nothing_outside_the_arguments_is_read_or_written(K, dtype, name, probabilities, launch, monkeypatch):
+    N = 5
+    values, target, keywords = problem(N, K, OPTIONS[name], probabilities=probabilities, dtype=dtype)
+    options = options_of(**keywords)
+    logits, logits_untouched = guarded((N, K), dtype)
+    logits.copy_(values)
+    weight, scale = keywords.get("weight"), torch.rand(N + 2)[1:-1]
+    if weight is not None:
+        weight = torch.cat([weight.new_full((3,), torch.nan), weight, weight.new_full((3,), torch.nan)])[3:-3]
+    if probabilities:
+        own, target = target, guarded((N, K), torch.float32)[0]
+        target.copy_(own)
+    checks = [logits_untouched]
+
+    def new_matrix(shape, dtype):
+        matrix, untouched = guarded(shape, dtype, pad=0)  # outputs are contiguous: guard rows only
+        checks.append(untouched)
+        return matrix
+
+    monkeypatch.setattr(launch, "new_numbers", lambda z, count: new_matrix((count, N), torch.float32))
+    monkeypatch.setattr(launch, "new_gradient", lambda z: new_matrix(z.shape, z.dtype))
+    losses, stats = launch.row_loss(logits, target, weight, *options)
+    fused_losses, fused_gradient = launch.row_loss_and_gradient(logits, target, weight, scale, *options)
+    gradient = launch.row_gradient(logits, target, weight, stats, scale, *options)
+    lse = launch.row_lse(logits, target, weight, *options)
+    sums = launch.row_sums(logits, target, lse, *options)
+    assert all(untouched() for untouched in checks)
+    for output in (losses, stats, fused_losses, fused_gradient, gradient, lse, sums):
+        assert output.isfinite().all()
+    assert torch.equal(logits, values)
+    launch.row_loss_and_gradient_(logits, target, weight, scale, *options)
+    torch.testing.assert_close(logits, fused_gradient)
+    launch.scale_gradient_(logits, torch.tensor(2.0))
+    torch.testing.assert_close(logits, 2 * fused_gradient)
+    assert all(untouched() for untouched in checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_probabilities_and_weights_of_every_dtype(dtype, on_triton):
+    logits, target, options = problem(4, 50, {"weight": True}, probabilities=True)
+    target, weight = target.to(dtype), options["weight"].to(dtype)
+    _, _, gradient = loss_and_gradient(logits, target, weight=weight, backend=on_triton)
+    torch.testing.assert_close(gradient.double(), truth(logits, target, weight=weight)[2], **CLOSE)
+
+
+def test_probabilities_of_any_strides(on_triton):
+    logits, target, _ = problem(6, 16, {}, probabilities=True)
+    expected = loss_and_gradient(logits, target, backend=on_triton)[2]
+    wide = torch.full((6, 40), torch.nan)
+    wide[:, 3:19] = target
+    for view in (target.t().contiguous().t(), wide[:, 3:19]):
+        assert torch.equal(loss_and_gradient(logits, view, backend=on_triton)[2], expected)
+    expected = loss_and_gradient(logits, target[:1].repeat(6, 1), backend=on_triton)[2]
+    assert torch.equal(loss_and_gradient(logits, target[:1].expand(6, 16), backend=on_triton)[2], expected)
+
+
+@pytest.mark.parametrize("where", [0, 17, 8191, 8192, 8999])
+@pytest.mark.parametrize("K", [20, 1000, 9000])
+def test_nan_is_not_lost_in_any_tile(K, where, on_triton):
+    logits, target, _ = problem(3, K, {})
+    logits[1, where % K] = torch.nan
+    for recompute in (False, True):
+        loss, parts, gradient = loss_and_gradient(
+            logits, target, reduction="none", recompute=recompute, backend=on_triton
+        )
+        assert loss.isnan().tolist() == [False, True, False]
+        assert parts.regularizer.isnan().tolist() == [False, True, False]
+        assert gradient.isnan().all(1).tolist() == gradient.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("tile", [0, 1, 2])
+def test_a_whole_tile_of_masked_classes(tile, on_triton):
+    logits, target, _ = problem(2, 3 * 8192, {})
+    logits[:, tile * 8192 : (tile + 1) * 8192] = -torch.inf
+    kept = logits[0] != -torch.inf
+    target[:] = 8192 * ((tile + 1) % 3) + 5
+    place = kept[: target[0]].sum()
+    for recompute in (False, True):
+        loss, _, gradient = loss_and_gradient(logits, target, recompute=recompute, backend=on_triton)
+        true_loss, _, true_gradient = truth(logits[:, kept], place.expand(2))
+        torch.testing.assert_close(loss.double(), true_loss, rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(gradient[:, kept].double(), true_gradient, rtol=1e-4, atol=1e-6)
+        assert (gradient[:, ~kept] == 0).all()
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+@pytest.mark.parametrize("size", [1e-6, 1e-2, 1.0, 100.0])
+def test_softcap_keeps_its_digits_near_and_far_from_zero(size, softcap, on_triton):
+    logits, target, _ = problem(4, 1000, {}, spread=size)
+    assert_within_bounds(logits, target, on_triton, softcap=softcap)
+
+
+def test_rows_further_apart_than_32_bits(launch):
+    # Two rows 2^31 + 8 elements apart. The memory between them is never touched.
+    K, distance = 100, 2**31 + 8
+    if launch.INTERPRETED:
+        base = torch.from_numpy(np.empty(distance + K, dtype=np.float16))
+    else:
+        base = torch.empty(distance + K, dtype=torch.float16)
+    logits = base.as_strided((2, K), (distance, 1))
+    values, target, _ = problem(2, K, {}, dtype=torch.float16)
+    logits.copy_(values)
+    given = (target, None, torch.ones(2), *options_of())
+    expected = launch.row_loss_and_gradient(values, *given)
+    torch.testing.assert_close(launch.row_loss_and_gradient(logits, *given), expected)
+    launch.row_loss_and_gradient_(logits, *given)
+    torch.testing.assert_close(logits, expected[1])
+    torch.testing.assert_close(launch.scale_gradient_(logits, torch.tensor([1.0, 2.0]))[1], 2 * expected[1][1])
+
+
+def test_reg_weight_may_be_on_the_gpu(launch):
+    logits, target, _ = problem(4, 100, {})
+    c, reg_weight, *rest = options_of(reg_weight=0.7)
+    scale = torch.ones(4)
+    expected = launch.row_loss_and_gradient(logits, target, None, scale, c, reg_weight.cpu(), *rest)
+    torch.testing.assert_close(
+        launch.row_loss_and_gradient(logits, target, None, scale, c, reg_weight, *rest), expected
+    )
+
+
+def test_every_write_in_place_moves_the_version(launch):
+    logits, target, _ = problem(4, 100, {})
+    _, stats = launch.row_loss(logits, target, None, *options_of())
+    for write in (
+        lambda: launch.scale_gradient_(logits, torch.tensor(1.0)),
+        lambda: launch.row_gradient_(logits, target, None, stats, torch.ones(4), *options_of()),
+        lambda: launch.row_loss_and_gradient_(logits, target, None, torch.ones(4), *options_of()),
+    ):
+        version = logits._version
+        write()
+        assert logits._version > version
+
+
+def test_a_factor_of_one_is_not_multiplied(launch):
+    # The interpreter truncates to bfloat16 what it writes, so a write would show on a bit pattern of its own.
+    gradient = torch.full((3, 40), torch.nan)
+    bits = torch.tensor(0x7FC01234, dtype=torch.int32).view(torch.float32)
+    gradient.view(torch.int32)[:] = bits.view(torch.int32)
+    launch.scale_gradient_(gradient, torch.tensor([1.0, 1.0, 0.5]))
+    assert (gradient.view(torch.int32)[:2] == 0x7FC01234).all()
+
+
+def test_no_rows(on_triton):
+    for probabilities in (False, True):
+        logits, target, _ = problem(0, 7, {}, probabilities=probabilities)
+        for recompute in (False, True):
+            loss, _, gradient = loss_and_gradient(
+                logits, target, reduction="sum", recompute=recompute, backend=on_triton
+            )
+            assert loss == 0
+            assert gradient.shape == (0, 7)
+
+
+def test_the_loss_of_targets_given_as_a_slice(on_triton):
+    logits, _, _ = problem(6, 20, {})
+    target = torch.arange(12)[::2]
+    loss = self_regularized_entropy(logits, target, backend=on_triton)
+    torch.testing.assert_close(loss, self_regularized_entropy(logits, target.clone(), backend=on_triton))
