@@ -203,8 +203,14 @@ def _store_gradient_of_targets(
 
 
 @triton.jit
+def _zeros(V: tl.constexpr):
+    ROWS: tl.constexpr = V.ROWS
+    return tl.zeros((ROWS,), tl.float32)
+
+
+@triton.jit
 def _empty_lse(V: tl.constexpr):
-    zero = tl.zeros((V.ROWS,), tl.float32)
+    zero = _zeros(V)
     return zero - INF, zero, zero, zero, zero
 
 
@@ -214,7 +220,7 @@ def _lse_with_targets(inputs, opts, lse, targets, V: tl.constexpr):
     m, exp_sum, y_sum, yz_sum, omega = lse
     if V.PROBABILITIES:
         if inputs.weight_ptr is None:
-            omega = tl.full((V.ROWS,), 1.0, tl.float32)
+            omega = _zeros(V) + 1.0
         return m, exp_sum, y_sum, yz_sum, omega
     else:
         _, _, z_g, w_g = targets
@@ -304,7 +310,7 @@ def _walk_lse(inputs, opts, rows, counted, V: tl.constexpr):
 
 @triton.jit
 def _walk_sums(inputs, opts, rows, counted, numbers, V: tl.constexpr):
-    h_sum, u_sum = tl.zeros((V.ROWS,), tl.float32), tl.zeros((V.ROWS,), tl.float32)
+    h_sum, u_sum = _zeros(V), _zeros(V)
     for start in range(0, inputs.num_classes * V.ALIGN, V.BLOCK_K):
         z, y, _, _ = _load_tile(inputs, opts, rows, counted, start, V)
         h, u = _sums_of_tile(z, y, numbers, V)

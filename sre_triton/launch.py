@@ -24,7 +24,7 @@ from .ops import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, new_num
 INTERPRETED = triton.knobs.runtime.interpret
 
 # A row of up to 16384 classes is kept in the registers of 512 threads, 128 each. Where a class has more than its logit
-# (a target probability, a weight, a softcap), half as many fit.
+# (a target probability, a weight, a softcap) or an address of its own (K or a stride is odd), half as many fit.
 RESIDENT_THREADS = 512
 RESIDENT_CLASSES_PER_THREAD = 32
 # Rows of few classes share a program until it has this many; with more, the numbers of the rows spill.
@@ -92,7 +92,7 @@ def _launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, optio
     has_y = probabilities or opts.label_smoothing is not None
     plain = not has_y and opts.softcap is None
     block_k = max(16, triton.next_power_of_2(num_classes))
-    per_thread = RESIDENT_CLASSES_PER_THREAD if plain else RESIDENT_CLASSES_PER_THREAD // 2
+    per_thread = RESIDENT_CLASSES_PER_THREAD if plain and align >= 4 else RESIDENT_CLASSES_PER_THREAD // 2
     resident = kernel is row_loss_kernel and block_k <= RESIDENT_THREADS * per_thread
     if not resident:
         per_thread = LOOP_CLASSES_PER_THREAD
@@ -103,7 +103,7 @@ def _launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, optio
         num_warps = max(1, tile_rows * block_k // per_thread // gpu.warp_size)
         if gpu.backend == "cuda":
             # Left to itself, ptxas spills to stay below 64 where 128 are free.
-            arguments["maxnreg"] = min(128, 65536 // (num_warps * gpu.warp_size))
+            arguments["maxnreg"] = min(128 if tile_rows == 1 else 255, 65536 // (num_warps * gpu.warp_size))
         kernel[(triton.cdiv(num_rows, tile_rows),)](
             inputs=Inputs(
                 logits_ptr=logits,
