@@ -38,7 +38,7 @@ from .tiles import (
 
 
 class Inputs(NamedTuple):
-    """What the kernels read. (Flat: constants in nested tuples confuse Triton 3.6.)"""
+    """What the kernels read; flat, as Triton 3.6 mixes up the constants of nested tuples."""
 
     logits_ptr: Any
     logits_stride: Any  # from row to row, in units of ALIGN elements
@@ -191,9 +191,7 @@ def _store_gradient_of_targets(
     coef_e, coef_u, scale = coefficients
     share, at_target = _shares(inputs, opts, V)
     y_g = share + at_target
-    gradient = gradient_of(
-        z_g, w_g * y_g, numbers, coef_e, coef_u * (1.0 - y_g), scale, opts.softcap, True, V.PTX
-    )
+    gradient = gradient_of(z_g, w_g * y_g, numbers, coef_e, coef_u * (1.0 - y_g), scale, opts.softcap, True, V.PTX)
     tl.debug_barrier()
     tl.store(gradient_ptr + rows * gradient_stride * V.ALIGN + g, gradient, mask=counted)
 
@@ -359,17 +357,13 @@ def row_loss_kernel(
         _store_rows(stats_ptr, inputs, rows, lse)
         _store_rows(stats_ptr + 5 * inputs.num_rows, inputs, rows, (h_sum, u_sum))
     if gradient_ptr is not None:
-        coefficients = _coefficients(
-            inputs, opts, scale_ptr, scale_stride, rows, counted, lse, exp_sum, log_sum, u_sum
-        )
+        coefficients = _coefficients(inputs, opts, scale_ptr, scale_stride, rows, counted, lse, exp_sum, log_sum, u_sum)
         if V.RESIDENT:
             _store_gradient_of_tile(
                 inputs, opts, gradient_ptr, gradient_stride, rows, 0, z, y, wy, numbers, coefficients, V
             )
         else:
-            _walk_gradient(
-                inputs, opts, gradient_ptr, gradient_stride, rows, counted, numbers, coefficients, V
-            )
+            _walk_gradient(inputs, opts, gradient_ptr, gradient_stride, rows, counted, numbers, coefficients, V)
         if not V.PROBABILITIES:
             _store_gradient_of_targets(
                 inputs, opts, gradient_ptr, gradient_stride, rows, targets, numbers, coefficients, V
@@ -414,14 +408,10 @@ def row_gradient_kernel(
     )
     u_sum = _load_rows(stats_ptr, inputs, rows, 6)
     numbers, exp_sum, log_sum = _numbers(opts, lse[0], lse[1], counted)
-    coefficients = _coefficients(
-        inputs, opts, scale_ptr, scale_stride, rows, counted, lse, exp_sum, log_sum, u_sum
-    )
+    coefficients = _coefficients(inputs, opts, scale_ptr, scale_stride, rows, counted, lse, exp_sum, log_sum, u_sum)
     _walk_gradient(inputs, opts, gradient_ptr, gradient_stride, rows, counted, numbers, coefficients, V)
     if not V.PROBABILITIES:
-        _store_gradient_of_targets(
-            inputs, opts, gradient_ptr, gradient_stride, rows, targets, numbers, coefficients, V
-        )
+        _store_gradient_of_targets(inputs, opts, gradient_ptr, gradient_stride, rows, targets, numbers, coefficients, V)
 
 
 @triton.jit

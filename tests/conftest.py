@@ -34,29 +34,27 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(fallback, "_has_compiler", False)
 
 
-# "triton" is the kernels in Triton's interpreter, "gpu" the same tests with all tensors there.
+# "triton" is the kernels in Triton's interpreter, "gpu" the same tests with their tensors on a GPU.
 ON_TRITON = [
     pytest.param("triton", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here")),
     pytest.param("gpu", marks=pytest.mark.gpu),
 ]
 
 
+@pytest.fixture(autouse=True)
+def _device(request):
+    """Tests marked gpu make their tensors there."""
+    if request.node.get_closest_marker("gpu"):
+        torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+
+
 def _use(backend, request):
     if backend == "uncompiled":
         request.getfixturevalue("uncompiled")
         return "compile"
-    if backend == "gpu":
-        request.getfixturevalue("on_gpu")
-        return "triton"
-    return backend
-
-
-@pytest.fixture
-def on_gpu():
-    """Tensors are made on the GPU."""
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
+    return "triton" if backend == "gpu" else backend
 
 
 @pytest.fixture(params=["eager", "compile", "uncompiled", *ON_TRITON])

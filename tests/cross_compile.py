@@ -44,6 +44,8 @@ SETTINGS = {
     "label_smoothing": (0.0, 0.1),
     "softcap": (0.0, 30.0),
     "reg_weight": ("number", "tensor"),
+    "rows": (3, 1, 16),
+    "ignore_index": (-100, 1, 2**40),
 }
 
 
@@ -64,9 +66,12 @@ class Driver:
 
 
 def every_value(settings: dict) -> list[dict]:
-    """As few calls as bring every value of every setting."""
+    """As few calls as bring every value of every setting, in a mixture."""
     longest = max(map(len, settings.values()))
-    return [{name: values[i % len(values)] for name, values in settings.items()} for i in range(longest)]
+    return [
+        {name: values[(i + i // len(values)) % len(values)] for name, values in settings.items()}
+        for i in range(longest)
+    ]
 
 
 def every_pair(settings: dict, seed: int = 0) -> list[dict]:
@@ -91,23 +96,25 @@ def every_pair(settings: dict, seed: int = 0) -> list[dict]:
 def defaults() -> list[dict]:
     """Every tile with no option set."""
     first = {name: values[0] for name, values in SETTINGS.items()}
-    return [
-        first | {"width": width, "dtype": dtype, "less": less}
+    tiles = [
+        {"width": width, "dtype": dtype, "less": less}
         for width in WIDTHS
         for dtype in (torch.bfloat16, torch.float32)
         for less in (0, 1)
     ]
+    # One class, and one vector of classes: a number that is 1 is compiled in.
+    return [first | tile for tile in (*tiles, {"less": 15}, {"less": 8})]
 
 
 def make(call: dict) -> None:
     """Call a primitive on tensors that nobody looks into."""
-    N, K = 3, call["width"] - call["less"]
+    N, K = call["rows"], call["width"] - call["less"]
     logits = torch.zeros(N, K, dtype=call["dtype"])
     indices = call["target"] == "indices"
     target = torch.zeros(N, dtype=torch.long) if indices else torch.zeros(N, K, dtype=call["target"])
     weight = torch.ones(K) if call["weight"] else None
-    stats, scale = torch.zeros(7, N), torch.ones(()).expand(N)
-    options = options_of(label_smoothing=call["label_smoothing"], softcap=call["softcap"])
+    stats, scale = torch.zeros(7, N), torch.ones(N) if N == 16 else torch.ones(()).expand(N)
+    options = options_of(**{name: call[name] for name in ("label_smoothing", "softcap", "ignore_index")})
     if call["reg_weight"] == "tensor":
         options = (options[0], OnGpu(torch.ones(())), *options[2:])
     given = {

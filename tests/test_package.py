@@ -1,6 +1,7 @@
 """What is shipped: imports, exports, docstrings, the README's code, the example."""
 
 import ast
+import csv
 import doctest
 import inspect
 import os
@@ -11,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 import sre_triton
 from sre_triton import loss, modules
@@ -53,7 +55,7 @@ def test_imports_run_one_way():
 
 @pytest.mark.parametrize("module", [loss, modules], ids=lambda module: module.__name__)
 def test_docstring_examples(module, uncompiled):
-    result = doctest.testmod(module, extraglobs={"torch": __import__("torch"), **vars(sre_triton)})
+    result = doctest.testmod(module, extraglobs={"torch": torch, **vars(sre_triton)})
     assert result.attempted
     assert not result.failed
 
@@ -85,16 +87,34 @@ def test_mnist_example(tmp_path):
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-def test_step_cpu_writes_its_table(tmp_path, monkeypatch, uncompiled):
+def test_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, capsys, uncompiled):
     sys.path.insert(0, str(ROOT / "perf"))
     try:
-        import step_cpu
+        import sweep_k
     finally:
         sys.path.pop(0)
-    monkeypatch.setattr(step_cpu, "ELEMENTS", 4096)
-    monkeypatch.setattr(step_cpu, "CLASSES", (10, 100))
-    monkeypatch.setattr(sys, "argv", ["step_cpu.py", "--rounds", "1", "--out", str(tmp_path)])
-    step_cpu.main()
-    lines = (tmp_path / "step_cpu.csv").read_text().splitlines()
-    assert len(lines) == 1 + 2 * 3
-    assert lines[0].startswith("K,N,contender,median_ms")
+    monkeypatch.setattr(sweep_k, "QUICK_CLASSES", (10, 100))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    arguments = ["sweep_k.py", "--quick", "--device", "cpu", "--dtype", "bfloat16", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    sweep_k.main()
+    with (tmp_path / "sweep_k.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    contenders = {
+        "copy",
+        "copy to new memory",
+        "sre_triton (compile)",
+        "sre_triton (eager)",
+        "F.cross_entropy",
+        "F.cross_entropy, compiled",
+        "the source's formula",
+    }
+    assert {(row["K"], row["contender"]) for row in table} == {(K, name) for K in ("10", "100") for name in contenders}
+    for row in table:
+        nbytes = 2 * int(row["N"]) * int(row["K"]) * 2  # in bfloat16
+        assert float(row["GB_per_s"]) == pytest.approx(nbytes / float(row["median_ms"]) / 1e6, rel=1e-2)
+        assert float(row["quartile1_ms"]) <= float(row["median_ms"]) <= float(row["quartile3_ms"])
+        assert row["dtype"] == "bfloat16"
+        assert row["torch"] == torch.__version__
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path / "sweep_k.csv") in capsys.readouterr().out

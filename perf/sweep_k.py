@@ -1,0 +1,269 @@
+"""Forward + backward against the number of classes, under the machine's own copy bandwidth.
+
+    python perf/sweep_k.py                 the GPU if there is one, else the CPU
+    python perf/sweep_k.py --quick         fewer and smaller cases, to see that it works
+
+Writes sweep_k.csv and roofline.png to perf/results/<device>/ (--out FOLDER for another) and prints a table.
+
+The roof: a step must read the logits once and write their gradient once, 2 N K times the bytes of an element. That,
+divided by the time of a step, is the bandwidth shown here, for every contender, however often it really moves the
+matrix. Copying the logits moves as much and computes nothing. It is timed in the same rounds, into memory in use and,
+as for a gradient, into new memory, whose page faults cost a CPU more than the copy. N K is the same for all K.
+
+All contenders take their turn in every round, so that a disturbance meets all of them; the slow ones sit out most
+rounds. What counts is the ratio of two medians of one run.
+"""
+
+import argparse
+import csv
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import sre_triton
+from sre_triton.reference import source_formula
+
+CLASSES = (10, 32, 100, 320, 1000, 4096, 10000, 21841, 50257, 128256, 262144)
+QUICK_CLASSES = (100, 1000, 50257)
+
+COPY, CLONE = "copy", "copy to new memory"
+
+
+class Contender(NamedTuple):
+    """A loss, and how it is drawn."""
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    color: str
+    marker: str
+    slow: bool = False
+    ours: bool = False
+
+
+def ours(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """This project's loss."""
+    return lambda z, target: sre_triton.self_regularized_entropy(z, target, class_mean=True, backend=backend)
+
+
+def contenders(on_gpu: bool) -> dict[str, Contender]:
+    """Who takes part. On a CPU Triton's interpreter shows correctness, not speed."""
+    triton = {"sre_triton (triton)": Contender(ours("triton"), "#0072B2", "o", ours=True)} if on_gpu else {}
+    return triton | {
+        "sre_triton (compile)": Contender(ours("compile"), "#56B4E9" if on_gpu else "#0072B2", "s", ours=True),
+        "F.cross_entropy, compiled": Contender(torch.compile(F.cross_entropy, dynamic=True), "#E69F00", "^"),
+        "F.cross_entropy": Contender(F.cross_entropy, "#D55E00", "v"),
+        "sre_triton (eager)": Contender(ours("eager"), "0.55", "D", slow=True),
+        "the source's formula": Contender(lambda z, target: source_formula(z.float(), target), "k", "x", slow=True),
+    }
+
+
+def seconds_of(step: Callable[[], None], device: torch.device) -> float:
+    """How long a step takes on the device."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    module = torch.get_device_module(device)
+    start, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
+    start.record()
+    step()
+    end.record()
+    module.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, object]]:
+    """The table: a row for every K and contender, and for the copy."""
+    field = contenders(args.device.type != "cpu")
+    rounds = dict.fromkeys((COPY, CLONE), range(-1, args.rounds))  # round -1 compiles and warms up
+    rounds |= {name: range(args.slow_rounds) if c.slow else range(-1, args.rounds) for name, c in field.items()}
+    table = []
+    with tqdm(total=len(args.classes) * sum(map(len, rounds.values())), unit="step", mininterval=1) as progress:
+        for num_classes in args.classes:
+            num_rows = args.elements // num_classes
+            logits = (3 * torch.randn(num_rows, num_classes, device=args.device)).to(args.dtype).requires_grad_()
+            target = torch.randint(num_classes, (num_rows,), device=args.device)
+            source, copied = logits.detach(), torch.empty_like(logits)
+
+            def step(name, logits=logits, target=target, source=source, copied=copied):
+                if name == COPY:
+                    copied.copy_(source)
+                elif name == CLONE:
+                    logits.grad = source.clone()
+                else:
+                    field[name].loss(logits, target).backward()
+
+            seconds = {name: [] for name in rounds}
+            for round_ in range(-1, args.rounds):
+                for name in rounds:
+                    if round_ in rounds[name]:
+                        logits.grad = None
+                        elapsed = seconds_of(lambda name=name: step(name), args.device)
+                        seconds[name] += [elapsed] if round_ >= 0 else []
+                        progress.set_description(f"K = {num_classes}", refresh=False)
+                        progress.update()
+            for name, times in seconds.items():
+                low, median, high = (
+                    statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else 3 * times
+                )
+                table.append(
+                    {
+                        "K": num_classes,
+                        "N": num_rows,
+                        "dtype": str(args.dtype).removeprefix("torch."),
+                        "contender": name,
+                        "rounds": len(times),
+                        "median_ms": f"{1e3 * median:.4g}",
+                        "quartile1_ms": f"{1e3 * low:.4g}",
+                        "quartile3_ms": f"{1e3 * high:.4g}",
+                        "GB_per_s": f"{2 * source.nbytes / median / 1e9:.4g}",
+                        "times_copy": f"{median / statistics.median(seconds[COPY]):.3g}",
+                    }
+                )
+    return table
+
+
+def write_csv(table: list[dict[str, object]], versions: dict[str, object], path: Path) -> None:
+    """The table, each row with what it was measured on."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*table[0], *versions], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | versions for row in table)
+
+
+def plot(csv_path: Path, path: Path) -> None:
+    """The roofline, from the CSV alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with csv_path.open(newline="") as file:
+        table = list(csv.DictReader(file))
+    names = list(dict.fromkeys(row["contender"] for row in table))
+    field = contenders(any("(triton)" in name for name in names))
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (bandwidth, milliseconds) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for name in names:
+        rows = [row for row in table if row["contender"] == name]
+        K = [int(row["K"]) for row in rows]
+        times = [[float(row[key]) for row in rows] for key in ("quartile1_ms", "median_ms", "quartile3_ms")]
+        moved = [float(row["GB_per_s"]) * float(row["median_ms"]) for row in rows]
+        rates = [[m / t for m, t in zip(moved, quantile, strict=True)] for quantile in reversed(times)]
+        for axes, (low, median, high) in ((bandwidth, rates), (milliseconds, times)):
+            contender = field.get(name)
+            axes.fill_between(K, low, high, color=contender.color if contender else "0.4", alpha=0.15, lw=0)
+            if contender is None:
+                label, dashes = ("copy: the roof", "--") if name == COPY else (name, ":")
+                axes.plot(K, median, color="0.4", lw=1.4, ls=dashes, label=label)
+                continue
+            axes.plot(
+                K,
+                median,
+                label=name,
+                color=contender.color,
+                marker=contender.marker,
+                ms=5,
+                lw=2.2 if contender.ours else 1.2,
+                zorder=4 if contender.ours else 3,
+            )
+    for axes in (bandwidth, milliseconds):
+        axes.set_xscale("log")
+        axes.set_xlabel("number of classes K")
+        axes.grid(color="0.92", lw=0.6)
+        axes.set_axisbelow(True)
+        axes.set_yscale("log")
+    bandwidth.set_ylabel("GB/s, for one read + one write of the logits")
+    bandwidth.set_title("Achieved bandwidth, forward + backward", loc="left", fontsize=10)
+    milliseconds.set_ylabel("milliseconds")
+    elements = max(int(row["N"]) * int(row["K"]) for row in table)
+    milliseconds.set_title(f"Time of a step on {elements / 1e6:.0f} million logits", loc="left", fontsize=10)
+    figure.legend(*bandwidth.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    machine = "   ".join((table[0]["device"], table[0]["dtype"], f"torch {table[0]['torch']}"))
+    figure.suptitle(machine, fontsize=8, color="0.4", x=0.995, ha="right")
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def show(table: list[dict[str, object]]) -> None:
+    """A line for each K: milliseconds, and how many times those of the copy."""
+    names = list(dict.fromkeys(row["contender"] for row in table))
+    print(f"{'':17}milliseconds (times the copy's)\n{'K':>7}{'N':>9}" + "".join(f"{name:>27}" for name in names))
+    for K in dict.fromkeys(row["K"] for row in table):
+        rows = [row for row in table if row["K"] == K]
+        cells = (f"{float(row['median_ms']):.4g} ({row['times_copy']})" for row in rows)
+        print(f"{K:>7}{rows[0]['N']:>9}" + "".join(f"{cell:>27}" for cell in cells))
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU, or the processor and the number of threads."""
+    if device.type != "cpu":
+        return torch.get_device_module(device).get_device_name(device)
+    try:
+        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def versions_of(device: torch.device) -> dict[str, object]:
+    """What the figures depend on."""
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = ""
+    try:
+        git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+        commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    return {
+        "device": device_name(device),
+        "runtime": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton,
+        "sre_triton": sre_triton.__version__,
+        "commit": commit,
+    }
+
+
+def main() -> None:
+    """Measures, writes, draws."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=torch.device, default=found, help="default: %(default)s, which was found")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16; on a CPU float32"
+    )
+    parser.add_argument("--quick", action="store_true", help="three K, fewer rows and rounds")
+    parser.add_argument("--out", type=Path, help="folder for the CSV and the figure (default: perf/results/<device>)")
+    args = parser.parse_args()
+    on_cpu = args.device.type == "cpu"
+    args.dtype = getattr(torch, args.dtype or ("float32" if on_cpu else "bfloat16"))
+    args.classes = QUICK_CLASSES if args.quick else CLASSES
+    # More than caches hold: in float32 64 MiB, on a GPU in bfloat16 512 MiB.
+    args.elements = 2 ** ((21 if args.quick else 24) if on_cpu else (24 if args.quick else 28))
+    args.rounds, args.slow_rounds = (3, 1) if args.quick else (9, 2) if on_cpu else (30, 5)
+    name = re.sub(r"[^A-Za-z0-9]+", "-", device_name(args.device)).strip("-")
+    folder = args.out or Path(__file__).parent / "results" / name
+    folder.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(0)
+    table = measure(args)
+    show(table)
+    write_csv(table, versions_of(args.device), folder / "sweep_k.csv")
+    plot(folder / "sweep_k.csv", folder / "roofline.png")
+    print(folder / "sweep_k.csv", folder / "roofline.png", sep="\n")
+
+
+if __name__ == "__main__":
+    main()
