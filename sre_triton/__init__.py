@@ -12,8 +12,12 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
 
     reference.py   the definition, in plain PyTorch
     ops.py         the primitives' signatures, registered with PyTorch
-    passes.py      the mathematics of a block of rows
-    fallback.py    the primitives through torch.compile, block by block
+    tiles.py       Triton: the mathematics of a tile of classes
+    rows.py        Triton: the numbers of a row
+    kernels.py     Triton: the kernels
+    launch.py      Triton: the primitives, launched on a GPU
+    passes.py      torch.compile: the mathematics of a block of rows
+    fallback.py    torch.compile: the primitives, block by block
     backend.py     chooses between them
     checks.py      user input -> errors that say what was expected and what came
     loss.py        the public function

@@ -9,17 +9,9 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from .kernels import (
-    Inputs,
-    Options,
-    Variant,
-    row_gradient_kernel,
-    row_loss_kernel,
-    row_lse_kernel,
-    row_sums_kernel,
-    scale_gradient_kernel,
-)
+from .kernels import row_gradient_kernel, row_loss_kernel, row_lse_kernel, row_sums_kernel, scale_gradient_kernel
 from .ops import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, new_numbers, primitive
+from .rows import Inputs, Options, Variant
 
 INTERPRETED = triton.knobs.runtime.interpret
 

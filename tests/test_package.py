@@ -19,7 +19,20 @@ from sre_triton import loss, modules
 
 ROOT = Path(__file__).parents[1]
 # Each file imports only from those before it.
-ORDER = ["reference", "ops", "passes", "fallback", "tiles", "kernels", "launch", "backend", "checks", "loss", "modules"]
+ORDER = [
+    "reference",
+    "ops",
+    "passes",
+    "fallback",
+    "tiles",
+    "rows",
+    "kernels",
+    "launch",
+    "backend",
+    "checks",
+    "loss",
+    "modules",
+]
 
 
 def test_import_loads_nothing_heavy():

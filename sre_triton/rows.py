@@ -1,0 +1,148 @@
+"""The numbers of a row: from the sums over its tiles to its losses, and to the coefficients of its gradient.
+
+What the gradient sees of a row, with y the smoothed target, ω the sample's weight and U = Σ (1 - y) u:
+
+    gradient of class k = coef_p p_k + coef_u (1 - y_k) u_k - scale w_k y_k
+
+    coef_p = scale (Σ w y + ω (2 α lse - λ' U))
+    coef_u = scale ω λ'
+
+For class indices, y is one number, ε/K, for all classes but the target's, which has 1 - ε more.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .tiles import INF, LN_2, coin_h_and_u, finite_maximum, log2_parts
+
+
+class Inputs(NamedTuple):
+    """What the kernels read; flat, as Triton 3.6 mixes up the constants of nested tuples."""
+
+    logits_ptr: Any
+    logits_stride: Any  # from row to row, in units of ALIGN elements
+    target_ptr: Any  # (N,) class indices, or probabilities
+    target_stride: Any  # as that of the logits
+    weight_ptr: Any  # (K,) or None
+    num_rows: Any  # N
+    num_classes: Any  # K, in units of ALIGN
+
+
+class Options(NamedTuple):
+    """The scalar options. What is None takes no part in the compiled code; no value is compiled in."""
+
+    c: Any
+    log2_c_whole: Any  # log2 c: the nearest whole number,
+    log2_c_rest: Any  # and the rest
+    reg_weight: Any  # λ', or None and
+    reg_weight_ptr: Any  # where on the GPU it is
+    ignore_index: Any
+    label_smoothing: Any
+    z_loss: Any
+    softcap: Any
+
+
+class Variant(NamedTuple):
+    """What is compiled in."""
+
+    PROBABILITIES: bool  # the target is probabilities, not class indices
+    HAS_Y: bool  # y differs from 0 at other classes than the target
+    RESIDENT: bool  # a row is one tile
+    ROWS: int
+    BLOCK_K: int
+    ALIGN: int  # elements: pointers and strides are multiples of it
+    PTX: bool  # NVIDIA's instructions are there
+
+
+@triton.jit
+def shares(inputs, opts, V: tl.constexpr):
+    """What label smoothing gives to every class, ε/K, and what it leaves to the target, 1 - ε."""
+    if opts.label_smoothing is None:
+        return 0.0, 1.0
+    else:
+        return opts.label_smoothing / (inputs.num_classes * V.ALIGN), 1.0 - opts.label_smoothing
+
+
+@triton.jit
+def zeros(V: tl.constexpr):
+    """A number per row."""
+    ROWS: tl.constexpr = V.ROWS
+    return tl.zeros((ROWS,), tl.float32)
+
+
+@triton.jit
+def empty_lse(V: tl.constexpr):
+    """What add_to_lse begins with."""
+    zero = zeros(V)
+    return zero - INF, zero, zero, zero, zero
+
+
+@triton.jit
+def lse_with_targets(inputs, opts, lse, targets, V: tl.constexpr):
+    """The five statistics of row_lse, from the sums over the tiles."""
+    m, exp_sum, y_sum, yz_sum, omega = lse
+    if V.PROBABILITIES:
+        if inputs.weight_ptr is None:
+            omega = zeros(V) + 1.0
+        return m, exp_sum, y_sum, yz_sum, omega
+    else:
+        _, _, z_g, w_g = targets
+        _, at_target = shares(inputs, opts, V)
+        wy_g = at_target * w_g
+        return m, exp_sum, y_sum + wy_g, yz_sum + wy_g * (z_g - finite_maximum(m)), w_g
+
+
+@triton.jit
+def numbers_of(opts, m, exp_sum, counted):
+    """What tiles need of a row (tiles.py: its `numbers`), the sum of exponentials, and its logarithm.
+
+    The sum of a row of nothing but -inf is NaN, and that of a row which is not read is 1.
+    """
+    exp_sum = tl.where(counted, tl.where(m == -INF, float("nan"), exp_sum), 1.0)
+    whole, rest = log2_parts(exp_sum)
+    e_scale = tl.fdiv(1.0, exp_sum * opts.c)
+    numbers = (finite_maximum(m), whole + opts.log2_c_whole, rest + opts.log2_c_rest, e_scale)
+    return numbers, exp_sum, (whole + rest) * LN_2
+
+
+@triton.jit
+def sums_with_targets(inputs, opts, h_sum, u_sum, targets, numbers, V: tl.constexpr):
+    """Σ (1 - y) h and Σ (1 - y) u, from the sums over the tiles."""
+    if V.PROBABILITIES:
+        return h_sum * LN_2, u_sum * LN_2
+    else:
+        _, _, z_g, _ = targets
+        h_g, u_g = coin_h_and_u(z_g, numbers, V.PTX)
+        share, at_target = shares(inputs, opts, V)
+        return ((1.0 - share) * h_sum - at_target * h_g) * LN_2, ((1.0 - share) * u_sum - at_target * u_g) * LN_2
+
+
+@triton.jit
+def _reg_weight(opts):
+    if opts.reg_weight is None:
+        return tl.load(opts.reg_weight_ptr)
+    else:
+        return opts.reg_weight
+
+
+@triton.jit
+def losses_of(opts, lse, h_sum, log_sum, counted):
+    """The loss, H, S and α lse²."""
+    m, _, y_sum, yz_sum, omega = lse
+    cross_entropy = tl.where(counted, y_sum * log_sum - yz_sum, 0.0)
+    regularizer = tl.where(counted, omega * h_sum, 0.0)
+    z_penalty = tl.where(counted, opts.z_loss * omega * (m + log_sum) * (m + log_sum), 0.0)
+    return cross_entropy - _reg_weight(opts) * regularizer + z_penalty, cross_entropy, regularizer, z_penalty
+
+
+@triton.jit
+def coefficients_of(inputs, opts, scale_ptr, scale_stride, rows, counted, lse, exp_sum, log_sum, u_sum):
+    """coef_p / s, the factor of u in bits, and the scale."""
+    m, _, y_sum, _, omega = lse
+    scale = tl.load(scale_ptr + rows * scale_stride, mask=counted, other=0.0)
+    reg_weight = _reg_weight(opts)
+    coef_p = scale * (y_sum + omega * (2.0 * opts.z_loss * (m + log_sum) - reg_weight * u_sum))
+    coef_u = scale * omega * reg_weight
+    return tl.where(counted, coef_p / exp_sum, 0.0), tl.where(counted, coef_u * LN_2, 0.0), scale
