@@ -8,6 +8,9 @@ from helpers import OPTIONS, assert_within_bounds, loss_and_gradient, options_of
 from sre_triton import self_regularized_entropy
 from sre_triton.backend import primitives
 
+tl = pytest.importorskip("triton.language")
+tiles = pytest.importorskip("sre_triton.tiles")
+
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 
 # The tiles' widths, one less and one more, and what people have.
@@ -27,6 +30,34 @@ def test_bounds_at_the_edges_of_tiles(K, on_triton):
     logits, target, _ = problem(3, K, {})
     target[0], target[1] = 0, K - 1
     assert_within_bounds(logits, target, on_triton)
+    assert_within_bounds(logits, target, on_triton, recompute=False)
+
+
+@pytest.mark.parametrize(
+    ("K", "spread", "lead"), [(131072, 3, 0), (1000, 3, 0), (1000, 1, 29), (1000, 1, 33), (50256, 0, 33)]
+)
+def test_bounds_with_the_errors_that_instructions_may_have(K, spread, lead, on_triton, monkeypatch):
+    # PTX ISA: ex2.approx is right to 2^-22 of its result, rcp.approx to 2^-23, lg2.approx to 2^-22 absolutely.
+    if not primitives(on_triton).INTERPRETED:
+        pytest.skip("the instructions are there")
+
+    def error(x, largest):
+        return largest * tl.sin(x * 1e5)
+
+    def inexact_exp(z, m, exp=tiles._exp):
+        d, e = exp(z, m)
+        return d, e + e * error(d, 2**-22)
+
+    def inexact_reciprocal(x, PTX):
+        return 1.0 / x + error(x, 2**-23) / x
+
+    def inexact_log2(x, PTX):
+        return tl.log2(x) + error(x, 2**-22)
+
+    for name, function in (("_exp", inexact_exp), ("_reciprocal", inexact_reciprocal), ("_log2", inexact_log2)):
+        monkeypatch.setattr(tiles, name, function)
+    logits, target, _ = problem(2, K, {}, spread=spread)
+    logits[torch.arange(2), target] += lead
     assert_within_bounds(logits, target, on_triton, recompute=False)
 
 
