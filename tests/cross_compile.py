@@ -3,8 +3,7 @@
     python tests/cross_compile.py sm_90 > sm_90.jsonl           every tile, and variants in which any two settings meet
     python tests/cross_compile.py sm_90 --random 4000 > ...     as many at random, about one a second
 
-One JSON object a line: the call, the kernel, its variant, warps, registers, bytes of spill,
-and the widest access to the memory.
+One JSON object a line: the call, the kernel, its variant, warps, registers, bytes of spill, the widest access and barriers.
 """
 
 import argparse
@@ -35,7 +34,7 @@ TARGETS = {
 # Every width of a tile, in registers and in a loop, short and long; less a few classes, every alignment.
 WIDTHS = (*(2**i for i in range(4, 15)), 32768, 131072)
 SETTINGS = {
-    "primitive": ("row_loss_and_gradient", "row_loss", "row_lse", "row_sums", "row_gradient"),
+    "primitive": ("row_loss_and_gradient", "row_loss", "row_lse", "row_sums", "row_gradient", "scale_gradient_"),
     "width": WIDTHS,
     "less": (0, 4, 2, 1),
     "dtype": (torch.bfloat16, torch.float16, torch.float32),
@@ -110,6 +109,9 @@ def make(call: dict) -> None:
     """Call a primitive on tensors that nobody looks into."""
     N, K = call["rows"], call["width"] - call["less"]
     logits = torch.zeros(N, K, dtype=call["dtype"])
+    if call["primitive"] == "scale_gradient_":
+        launch.scale_gradient_(logits, torch.ones(()) if call["weight"] else torch.ones(N))
+        return
     indices = call["target"] == "indices"
     target = torch.zeros(N, dtype=torch.long) if indices else torch.zeros(N, K, dtype=call["target"])
     weight = torch.ones(K) if call["weight"] else None
@@ -174,6 +176,7 @@ def report(kernel: object) -> dict:
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spill": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
         "widest": max([32, *widths]) // 8,
+        "barriers": len(re.findall(r"\bBAR\.SYNC", code)),
     }
 
 
@@ -194,7 +197,8 @@ def main() -> None:
         make(call)
         name, keywords, kernel = compiled[-1]
         line = {setting: str(value) for setting, value in call.items()}
-        line |= {"kernel": name, "variant": keywords["V"]._asdict(), "warps": kernel.metadata.num_warps}
+        line |= {"kernel": name, "variant": keywords["V"]._asdict() if "V" in keywords else {}}
+        line |= {"warps": kernel.metadata.num_warps}
         line |= {"fusion": kernel.metadata.enable_fp_fusion, **report(kernel)}
         print(json.dumps(line), flush=True)
 
