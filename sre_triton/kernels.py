@@ -264,18 +264,20 @@ def row_gradient_kernel(
         _store_gradient_of_targets(inputs, opts, gradient_ptr, gradient_stride, rows, targets, numbers, coefficients, V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_programs"])
 def scale_gradient_kernel(
     gradient_ptr, gradient_stride, factor_ptr, factor_stride, num_rows, num_classes, num_programs,
-    BLOCK_K: tl.constexpr, ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Multiply the rows of a stored gradient; a factor of 1 is seen here, and costs neither traffic nor a wait."""
-    for row in range(tl.program_id(0), num_rows, num_programs):
-        factor = tl.load(factor_ptr + row * factor_stride)
-        if factor != 1.0:
-            pointers = gradient_ptr + tl.cast(row, tl.int64) * gradient_stride * ALIGN
-            for start in range(0, num_classes * ALIGN, BLOCK_K):
-                cols = start + tl.arange(0, BLOCK_K)
-                mask = cols < num_classes * ALIGN
-                gradient = tl.load(pointers + cols, mask=mask, other=0.0).to(tl.float32)
-                tl.store(pointers + cols, factor * gradient, mask=mask)
+    """Multiply the rows of a stored gradient; factors of 1 are seen here, and cost neither traffic nor a wait."""
+    K = num_classes * ALIGN
+    for first in range(tl.program_id(0) * ROWS, num_rows, num_programs * ROWS):
+        rows = tl.cast(first, tl.int64) + tl.arange(0, ROWS)
+        factor = tl.load(factor_ptr + rows * factor_stride, mask=rows < num_rows, other=1.0)
+        if tl.max((factor != 1.0).to(tl.int32), 0) == 1:
+            for start in range(0, K, BLOCK_K):
+                cols = (start + tl.arange(0, BLOCK_K))[None, :]
+                mask = (rows < num_rows)[:, None] & (cols < K)
+                pointers = gradient_ptr + rows[:, None] * gradient_stride * ALIGN + cols
+                gradient = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+                tl.store(pointers, factor[:, None] * gradient, mask=mask)

@@ -31,6 +31,7 @@ LONG_LOOP_THREADS = 1024
 # Programs that multiply a stored gradient: enough for the bandwidth of a GPU, and few to start and end if there is
 # nothing to do.
 SCALING_PROGRAMS = 1024
+SCALING_TILE = 4096
 
 
 @functools.cache
@@ -222,7 +223,9 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
     if num_rows == 0 or gradient.is_meta:
         return gradient
     align = math.gcd(16 // gradient.element_size(), num_classes, gradient.stride(0))
-    num_programs = min(num_rows, SCALING_PROGRAMS)
+    block_k = min(SCALING_TILE, max(16, triton.next_power_of_2(num_classes)))
+    tile_rows = SCALING_TILE // block_k
+    num_programs = min(triton.cdiv(num_rows, tile_rows), SCALING_PROGRAMS)
     with _on(gradient.device):
         scale_gradient_kernel[(num_programs,)](
             gradient_ptr=gradient,
@@ -232,7 +235,8 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
             num_rows=num_rows,
             num_classes=num_classes // align,
             num_programs=num_programs,
-            BLOCK_K=max(16, min(triton.next_power_of_2(num_classes), 4096)),
+            ROWS=tile_rows,
+            BLOCK_K=block_k,
             ALIGN=align,
             num_warps=4,
             enable_fp_fusion=True,

@@ -3,7 +3,8 @@
     python tests/cross_compile.py sm_90 > sm_90.jsonl           every tile, and variants in which any two settings meet
     python tests/cross_compile.py sm_90 --random 4000 > ...     as many at random, about one a second
 
-One JSON object a line: the call, the kernel, its variant, warps, registers, bytes of spill, the widest access and barriers.
+One JSON object a line: the call, the kernel, its variant, and its warps, registers, bytes of spill, widest access and
+barriers.
 """
 
 import argparse

@@ -235,13 +235,25 @@ def test_every_write_in_place_moves_the_version(launch):
         assert logits._version > version
 
 
-def test_a_factor_of_one_is_not_multiplied(launch):
-    # The interpreter truncates to bfloat16 what it writes, so a write would show on a bit pattern of its own.
-    gradient = torch.full((3, 40), torch.nan)
-    bits = torch.tensor(0x7FC01234, dtype=torch.int32).view(torch.float32)
-    gradient.view(torch.int32)[:] = bits.view(torch.int32)
-    launch.scale_gradient_(gradient, torch.tensor([1.0, 1.0, 0.5]))
-    assert (gradient.view(torch.int32)[:2] == 0x7FC01234).all()
+@pytest.mark.parametrize("factor", [torch.tensor(1.0), torch.ones(300)], ids=["scalar", "rows"])
+@pytest.mark.parametrize("K", [10, 5000])
+def test_a_factor_of_one_writes_nothing(K, factor, launch):
+    # A signalling NaN that goes through a multiplication comes out as a quiet one.
+    signalling = 0x7F800001
+    gradient = torch.full((300, K), signalling, dtype=torch.int32).view(torch.float32)
+    launch.scale_gradient_(gradient, factor.to(gradient.device))
+    assert (gradient.view(torch.int32) == signalling).all()
+    launch.scale_gradient_(gradient, torch.tensor(2.0))
+    assert (gradient.view(torch.int32) != signalling).all()
+
+
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (300, 10), (5, 123), (3, 5000)])
+def test_scaling_by_rows(N, K, launch):
+    gradient, _, _ = problem(N, K, {})
+    factor = torch.linspace(0.5, 1.5, N)
+    factor[N // 2] = 1.0
+    expected = gradient * factor[:, None]
+    torch.testing.assert_close(launch.scale_gradient_(gradient, factor), expected, rtol=0, atol=0)
 
 
 def test_no_rows(on_triton):
