@@ -50,16 +50,22 @@ def _in_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
+def _number_or_pointer(scalar: Tensor) -> tuple[float | None, Tensor | None]:
+    """The value of a tensor on the CPU, or the tensor: looking at one on a GPU would wait for it."""
+    return (scalar.item(), None) if scalar.device.type == "cpu" else (None, scalar)
+
+
 def _options(c, reg_weight, ignore_index, label_smoothing, z_loss, softcap) -> Options:
-    c = c.item()  # A tensor on the CPU, for the sake of torch.compile.
-    whole = round(math.log2(c))
-    on_cpu = reg_weight.device.type == "cpu"
+    c, c_ptr = _number_or_pointer(c)
+    reg_weight, reg_weight_ptr = _number_or_pointer(reg_weight)
+    log2_c = 0.0 if c is None else math.log2(c)
     return Options(
         c=c,
-        log2_c_whole=float(whole),
-        log2_c_rest=math.log2(c) - whole,
-        reg_weight=reg_weight.item() if on_cpu else None,
-        reg_weight_ptr=None if on_cpu else reg_weight,
+        log2_c_whole=float(round(log2_c)),
+        log2_c_rest=log2_c - round(log2_c),
+        c_ptr=c_ptr,
+        reg_weight=reg_weight,
+        reg_weight_ptr=reg_weight_ptr,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing or None,
         z_loss=z_loss,

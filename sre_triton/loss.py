@@ -304,8 +304,10 @@ def self_regularized_entropy(
     target = target.flatten() if indices else _as_rows(target)
     # λ' and the mean over the classes are one number.
     per_class = (1 / (num_classes - 1) if num_classes > 1 else 0.0) if class_mean else 1.0
-    # A number times a tensor, which torch.compile traces without compiling the number in.
-    one = torch.ones((), dtype=torch.float64, device="cpu")
+    # A number times a tensor, which torch.compile traces without compiling the number in. In eager code it is a number
+    # again when a kernel is launched; in a graph for a GPU, nothing may lie on the CPU if it is to become a CUDA graph.
+    graph_on_gpu = name == "triton" and torch.compiler.is_compiling()
+    one = torch.ones((), dtype=torch.float64, device=input.device if graph_on_gpu else "cpu")
     reg_weight = (reg_weight.detach().to(dtype) if isinstance(reg_weight, Tensor) else one * reg_weight) * per_class
     if reduction != "mean":
         factor = torch.ones((), dtype=dtype, device=input.device)

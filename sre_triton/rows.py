@@ -33,11 +33,12 @@ class Inputs(NamedTuple):
 class Options(NamedTuple):
     """The scalar options. What is None takes no part in the compiled code; no value is compiled in."""
 
-    c: Any
+    c: Any  # None where c_ptr says where on the GPU it is
     log2_c_whole: Any  # log2 c: the nearest whole number,
     log2_c_rest: Any  # and the rest
-    reg_weight: Any  # λ', or None and
-    reg_weight_ptr: Any  # where on the GPU it is
+    c_ptr: Any
+    reg_weight: Any  # λ', or None where
+    reg_weight_ptr: Any  # says where on the GPU it is
     ignore_index: Any
     label_smoothing: Any
     z_loss: Any
@@ -95,6 +96,17 @@ def lse_with_targets(inputs, opts, lse, targets, V: tl.constexpr):
 
 
 @triton.jit
+def _c(opts):
+    """c, and log2 c as a whole number and the rest."""
+    if opts.c is None:
+        c = tl.load(opts.c_ptr).to(tl.float32)
+        whole, rest = log2_parts(c)
+        return c, whole, rest
+    else:
+        return opts.c, opts.log2_c_whole, opts.log2_c_rest
+
+
+@triton.jit
 def numbers_of(opts, m, exp_sum, counted):
     """What tiles need of a row (tiles.py: its `numbers`), the sum of exponentials, and its logarithm.
 
@@ -102,8 +114,8 @@ def numbers_of(opts, m, exp_sum, counted):
     """
     exp_sum = tl.where(counted, tl.where(m == -INF, float("nan"), exp_sum), 1.0)
     whole, rest = log2_parts(exp_sum)
-    e_scale = tl.fdiv(1.0, exp_sum * opts.c)
-    numbers = (finite_maximum(m), whole + opts.log2_c_whole, rest + opts.log2_c_rest, e_scale)
+    c, c_whole, c_rest = _c(opts)
+    numbers = (finite_maximum(m), whole + c_whole, rest + c_rest, tl.fdiv(1.0, exp_sum * c))
     return numbers, exp_sum, (whole + rest) * LN_2
 
 
@@ -122,7 +134,7 @@ def sums_with_targets(inputs, opts, h_sum, u_sum, targets, numbers, V: tl.conste
 @triton.jit
 def _reg_weight(opts):
     if opts.reg_weight is None:
-        return tl.load(opts.reg_weight_ptr)
+        return tl.load(opts.reg_weight_ptr).to(tl.float32)
     else:
         return opts.reg_weight
 

@@ -69,7 +69,7 @@ def _tanh(v):
 
 @triton.jit
 def log2_parts(x):
-    """(whole, rest) with log2 x = whole + rest and 0 <= rest < 1, for x >= 1 or NaN.
+    """(whole, rest) with log2 x = whole + rest and 0 <= rest < 1, for x >= 1e-37 or NaN.
 
     One rounded number would move the t of all classes of a row the same way, by up to 1e-6, and where the u of many
     classes cancel in their sum that is what does not.

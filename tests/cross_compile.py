@@ -43,7 +43,7 @@ SETTINGS = {
     "weight": (False, True),
     "label_smoothing": (0.0, 0.1),
     "softcap": (0.0, 30.0),
-    "reg_weight": ("number", "tensor"),
+    "scalars": ("on the CPU", "on the GPU"),
     "rows": (3, 1, 16),
     "ignore_index": (-100, 1, 2**40),
 }
@@ -118,8 +118,8 @@ def make(call: dict) -> None:
     weight = torch.ones(K) if call["weight"] else None
     stats, scale = torch.zeros(7, N), torch.ones(N) if N == 16 else torch.ones(()).expand(N)
     options = options_of(**{name: call[name] for name in ("label_smoothing", "softcap", "ignore_index")})
-    if call["reg_weight"] == "tensor":
-        options = (options[0], OnGpu(torch.ones(())), *options[2:])
+    if call["scalars"] == "on the GPU":
+        options = (*map(OnGpu, options[:2]), *options[2:])
     given = {
         "row_lse": (weight,),
         "row_sums": (stats[:5].contiguous(),),
@@ -147,10 +147,9 @@ class OnGpu:
     """A tensor that says it is on a GPU."""
 
     device = torch.device("cuda")
-    dtype = torch.float32
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+        self.tensor, self.dtype = tensor, tensor.dtype
 
     def data_ptr(self) -> int:
         return self.tensor.data_ptr()

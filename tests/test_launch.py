@@ -212,14 +212,19 @@ def test_rows_further_apart_than_32_bits(launch):
     torch.testing.assert_close(launch.scale_gradient_(logits, torch.tensor([1.0, 2.0]))[1], 2 * expected[1][1])
 
 
-def test_reg_weight_may_be_on_the_gpu(launch):
-    logits, target, _ = problem(4, 100, {})
-    c, reg_weight, *rest = options_of(reg_weight=0.7)
-    scale = torch.ones(4)
-    expected = launch.row_loss_and_gradient(logits, target, None, scale, c, reg_weight.cpu(), *rest)
-    torch.testing.assert_close(
-        launch.row_loss_and_gradient(logits, target, None, scale, c, reg_weight, *rest), expected
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("K", [100, 20000])
+def test_scalars_may_lie_on_the_gpu(K, dtype, launch, monkeypatch):
+    # Under the interpreter, where nothing does, the kernels are told so.
+    logits, target, _ = problem(4, K, {})
+    for c in (1e-30, 1e-7, 0.75, 1.0):
+        options = options_of(c=c, reg_weight=0.7)
+        expected = launch.row_loss_and_gradient(logits, target, None, torch.ones(4), *options)
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "_number_or_pointer", lambda scalar: (None, scalar.to(logits.device, dtype)))
+            losses, gradient = launch.row_loss_and_gradient(logits, target, None, torch.ones(4), *options)
+        torch.testing.assert_close(losses, expected[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradient, expected[1], rtol=1e-5, atol=1e-8)
 
 
 def test_every_write_in_place_moves_the_version(launch):
