@@ -31,7 +31,7 @@ LONG_LOOP_THREADS = 1024
 # Programs that multiply a stored gradient: enough for the bandwidth of a GPU, and few to start and end if there is
 # nothing to do.
 SCALING_PROGRAMS = 1024
-SCALING_TILE = 4096
+SCALING_TILE = 2048
 
 
 @functools.cache
