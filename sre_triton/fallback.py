@@ -28,6 +28,7 @@ NO_COMPILER = (
     "Install g++ and Python's headers (Debian, Ubuntu: apt install g++ python3-dev; macOS: xcode-select --install; "
     "Windows: the Visual Studio build tools), or set CXX to a compiler."
 )
+NO_TRITON = "sre_triton runs uncompiled, several times slower, as torch.compile cannot serve this GPU: {}"
 
 
 @functools.cache
@@ -70,6 +71,12 @@ def _call(function: Callable, flags: Flags, logits: Tensor, *args):
                 raise
             _has_compiler = False
             warnings.warn(NO_COMPILER.format(type(error.inner_exception).__name__), RuntimeWarning, stacklevel=2)
+        except torch._dynamo.exc.ShortenTraceback as error:
+            # What Inductor needs on a GPU, and is not there or does not serve this one.
+            if type(error).__name__ not in ("TritonMissing", "GPUTooOldForTriton"):
+                raise
+            _has_compiler = False
+            warnings.warn(NO_TRITON.format(error), RuntimeWarning, stacklevel=2)
     return function(logits, *args, flags)
 
 

@@ -130,15 +130,17 @@ def _store_gradient_of_targets(
 
 
 @triton.jit
-def _store_rows(ptr, inputs, rows, numbers):
-    """A number per row and row of the matrix (count, N)."""
+def _store_rows(ptr, inputs, rows, numbers, FIRST: tl.constexpr):
+    """Numbers of the rows into a matrix (count, N), from its row FIRST on."""
+    N = tl.cast(inputs.num_rows, tl.int64)
     for i in tl.static_range(len(numbers)):
-        tl.store(ptr + i * inputs.num_rows + rows, numbers[i], mask=rows < inputs.num_rows)
+        tl.store(ptr + (FIRST + i) * N + rows, numbers[i], mask=rows < N)
 
 
 @triton.jit
 def _load_rows(ptr, inputs, rows, i):
-    return tl.load(ptr + i * inputs.num_rows + rows, mask=rows < inputs.num_rows, other=0.0)
+    N = tl.cast(inputs.num_rows, tl.int64)
+    return tl.load(ptr + i * N + rows, mask=rows < N, other=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,10 +202,10 @@ def row_loss_kernel(
     else:
         h_sum, u_sum = _walk_sums(inputs, opts, rows, counted, numbers, V)
     h_sum, u_sum = sums_with_targets(inputs, opts, h_sum, u_sum, targets, numbers, V)
-    _store_rows(losses_ptr, inputs, rows, losses_of(opts, lse, h_sum, log_sum, counted))
+    _store_rows(losses_ptr, inputs, rows, losses_of(opts, lse, h_sum, log_sum, counted), FIRST=0)
     if stats_ptr is not None:
-        _store_rows(stats_ptr, inputs, rows, lse)
-        _store_rows(stats_ptr + 5 * inputs.num_rows, inputs, rows, (h_sum, u_sum))
+        _store_rows(stats_ptr, inputs, rows, lse, FIRST=0)
+        _store_rows(stats_ptr, inputs, rows, (h_sum, u_sum), FIRST=5)
     if gradient_ptr is not None:
         coefficients = coefficients_of(
             inputs, opts, scale_ptr, scale_stride, rows, counted, lse, exp_sum, log_sum, u_sum
@@ -226,7 +228,7 @@ def row_lse_kernel(inputs, opts, stats_ptr, V: tl.constexpr):
     rows, inside = _program_rows(inputs, V)
     targets = _targets(inputs, opts, rows, inside, V)
     lse = _walk_lse(inputs, opts, rows, targets[0], V)
-    _store_rows(stats_ptr, inputs, rows, lse_with_targets(inputs, opts, lse, targets, V))
+    _store_rows(stats_ptr, inputs, rows, lse_with_targets(inputs, opts, lse, targets, V), FIRST=0)
 
 
 @triton.jit
@@ -238,7 +240,7 @@ def row_sums_kernel(inputs, opts, stats_ptr, sums_ptr, V: tl.constexpr):
     numbers, _, _ = numbers_of(opts, m, exp_sum, targets[0])
     h_sum, u_sum = _walk_sums(inputs, opts, rows, targets[0], numbers, V)
     sums = sums_with_targets(inputs, opts, h_sum, u_sum, targets, numbers, V)
-    _store_rows(sums_ptr, inputs, rows, sums)
+    _store_rows(sums_ptr, inputs, rows, sums, FIRST=0)
 
 
 @triton.jit

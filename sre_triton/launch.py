@@ -109,7 +109,7 @@ def _launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, optio
                 logits_stride=logits.stride(0) // align,
                 target_ptr=target,
                 target_stride=target.stride(0) // align if probabilities else 0,
-                weight_ptr=weight,
+                weight_ptr=None if weight is None else weight.contiguous(),
                 num_rows=num_rows,
                 num_classes=num_classes // align,
             ),

@@ -156,8 +156,8 @@ def _as_rows(tensor: Tensor) -> Tensor:
 
 
 def _own_rows(rows: Tensor) -> bool:
-    """Whether rows lie in memory one after another, so that a gradient can be written over them."""
-    return rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]
+    """Whether rows lie in memory, one after another, so that a gradient can be written over them."""
+    return rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] and not rows.is_meta
 
 
 def self_regularized_entropy(
@@ -308,7 +308,11 @@ def self_regularized_entropy(
     # again when a kernel is launched; in a graph for a GPU, nothing may lie on the CPU if it is to become a CUDA graph.
     graph_on_gpu = name == "triton" and torch.compiler.is_compiling()
     one = torch.ones((), dtype=torch.float64, device=input.device if graph_on_gpu else "cpu")
-    reg_weight = (reg_weight.detach().to(dtype) if isinstance(reg_weight, Tensor) else one * reg_weight) * per_class
+    if isinstance(reg_weight, Tensor):
+        reg_weight = reg_weight.detach().to(one.device if reg_weight.device.type == "cpu" else input.device, dtype)
+    else:
+        reg_weight = one * reg_weight
+    reg_weight = reg_weight * per_class
     if reduction != "mean":
         factor = torch.ones((), dtype=dtype, device=input.device)
     else:

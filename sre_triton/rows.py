@@ -53,7 +53,7 @@ class Variant(NamedTuple):
     RESIDENT: bool  # a row is one tile
     ROWS: int
     BLOCK_K: int
-    ALIGN: int  # elements: pointers and strides are multiples of it
+    ALIGN: int  # K and the strides are multiples of it
     PTX: bool  # NVIDIA's instructions are there
 
 

@@ -178,5 +178,5 @@ def gradient_of(z, wy, numbers, coef_e, coef_u, scale, softcap, HAS_Y: tl.conste
         gradient -= scale * wy
     if softcap is not None:
         ratio = z * (1.0 / softcap)
-        gradient *= 1.0 - ratio * ratio
+        gradient *= tl.where(z == -INF, 0.0, 1.0 - ratio * ratio)  # -inf only where nothing is read
     return gradient

@@ -159,6 +159,19 @@ print(z.grad.isfinite().all().item())
     assert run(code).strip() == "True"
 
 
+def test_a_gpu_that_torch_compile_cannot_serve_runs_uncompiled_with_one_warning(monkeypatch):
+    def broken(*_):
+        raise torch._inductor.exc.TritonMissing(None)
+
+    monkeypatch.setattr(fallback, "_has_compiler", True)
+    monkeypatch.setattr(fallback, "_compiled", lambda *_: broken)
+    logits, target, _ = problem(4, 20, {})
+    with pytest.warns(RuntimeWarning, match="uncompiled, .* triton") as caught:
+        _, _, gradient = loss_and_gradient(logits, target, backend="compile")
+    assert len(caught) == 1
+    torch.testing.assert_close(gradient, truth(logits, target)[2].float())
+
+
 def test_other_failures_of_the_compiler_are_raised(monkeypatch, fresh):
     def broken(*_):
         raise torch._dynamo.exc.BackendCompilerFailed(str, ValueError("broken"), None)

@@ -18,15 +18,17 @@ def test_triton_is_chosen():
 
 
 @modes
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("name", ["default", "all"])
 def test_nothing_waits_for_the_gpu(name, recompute):
     logits, target, options = problem(64, 1000, OPTIONS[name])
     options |= {"class_mean": True, "recompute": recompute, "reg_weight": torch.tensor(0.5)}
     logits.requires_grad_()
-    self_regularized_entropy(logits, target, **options).backward()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
+    upstream = torch.tensor(2.0)
+    self_regularized_entropy(logits, target, **options).backward(upstream)  # compiles
     try:
-        self_regularized_entropy(logits, target, **options).backward(torch.tensor(2.0, device="cuda"))
+        torch.cuda.set_sync_debug_mode("error")
+        self_regularized_entropy(logits, target, **options).backward(upstream)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -96,6 +98,7 @@ def test_another_gpu_than_the_current_one():
     torch.testing.assert_close(moved.to(expected.device), expected)
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_model(mode):
     layer = torch.nn.Linear(32, 1000)

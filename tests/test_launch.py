@@ -147,6 +147,22 @@ def test_probabilities_and_weights_of_every_dtype(dtype, on_triton):
     torch.testing.assert_close(gradient.double(), truth(logits, target, weight=weight)[2], **CLOSE)
 
 
+def test_weights_of_any_strides(on_triton):
+    logits, target, options = problem(6, 20, {"weight": True, "label_smoothing": 0.1})
+    weight = options["weight"]
+    strided = torch.stack([weight, torch.full((20,), torch.nan)], 1)[:, 0]
+    results = [
+        loss_and_gradient(logits, target, weight=w, label_smoothing=0.1, backend=on_triton)[2]
+        for w in (weight, strided)
+    ]
+    assert torch.equal(*results)
+    results = [
+        loss_and_gradient(logits, target, weight=w, backend=on_triton)[2]
+        for w in (torch.tensor([2.0]).expand(20), torch.full((20,), 2.0))
+    ]
+    assert torch.equal(*results)
+
+
 def test_probabilities_of_any_strides(on_triton):
     logits, target, _ = problem(6, 16, {}, probabilities=True)
     expected = loss_and_gradient(logits, target, backend=on_triton)[2]

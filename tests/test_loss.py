@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import OPTIONS, loss_and_gradient, problem, truth
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -248,11 +249,12 @@ def test_loss_may_be_changed_in_place(rows, quick_backend):
 @modes
 @pytest.mark.parametrize("name", ["default", "all"])
 def test_no_value_is_read_on_a_device(name, recompute, backend):
-    # A meta tensor has no values: reading one raises.
+    # A meta tensor has no values: reading one raises. (inplace does nothing there.)
     logits, target, options = problem(6, 20, OPTIONS[name])
     options = {name: value.to("meta") if name == "weight" else value for name, value in options.items()}
     leaf = logits.to("meta").requires_grad_()
-    loss = self_regularized_entropy(leaf, target.to("meta"), recompute=recompute, backend=backend, **options)
+    options |= {"recompute": recompute, "backend": backend, "inplace": True}
+    loss = self_regularized_entropy(leaf * 1, target.to("meta"), **options)
     loss.backward()
     assert (loss.shape, leaf.grad.shape, leaf.grad.device.type) == ((), (6, 20), "meta")
 
@@ -468,7 +470,7 @@ def test_backward_can_be_traced(recompute, rows, row_backend):
 def test_another_default_device(rows, quick_backend):
     with torch.device("meta"):
         loss = self_regularized_entropy(*rows, z_loss=0.1, backend=quick_backend)
-    assert loss.device.type == "cpu"
+    assert loss.device == rows[0].device
 
 
 @modes
@@ -536,7 +538,8 @@ def test_data_parallel(wrap, tmp_path, uncompiled):
         layer, features, target = torch.nn.Linear(8, 20), torch.randn(6, 8), torch.arange(6)
         alone = copy.deepcopy(layer)
         criterion = SelfRegularizedEntropyLoss()
-        criterion(wrap(layer)(features), target).backward()
+        mesh = {"mesh": init_device_mesh("cpu", (1,))} if wrap is fully_shard else {}
+        criterion(wrap(layer, **mesh)(features), target).backward()
         criterion(alone(features), target).backward()
         gradient = layer.weight.grad
         torch.testing.assert_close(getattr(gradient, "full_tensor", lambda: gradient)(), alone.weight.grad)

@@ -205,6 +205,21 @@ def test_a_row_of_minus_infinity_is_nan(K, backend):
         assert numbers.isnan().tolist() == [True, False]
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("K", [20, 9000])
+def test_ignored_rows_under_all_options(K, name, quick_backend):
+    logits, target, options = problem(4, K, OPTIONS[name])
+    logits[1], target[1] = torch.nan, -100
+    kept = torch.tensor([0, 2, 3])
+    for recompute in (False, True):
+        options |= {"reduction": "sum"}
+        loss, _, gradient = loss_and_gradient(logits, target, backend=quick_backend, recompute=recompute, **options)
+        true_loss, _, true_gradient = truth(logits[kept], target[kept], **options)
+        torch.testing.assert_close(loss.double(), true_loss, rtol=5e-6, atol=1e-6)
+        torch.testing.assert_close(gradient[kept].double(), true_gradient, rtol=1e-4, atol=1e-6)
+        assert (gradient[1] == 0).all()
+
+
 @pytest.mark.parametrize("recompute", [False, True], ids=["single pass", "recompute"])
 def test_ignored_rows_are_selected_away(recompute, backend):
     logits, target, _ = problem(6, 200, {})
@@ -242,7 +257,7 @@ def test_shifting_the_logits_changes_nothing(quick_backend):
 
 def test_permuting_classes_permutes_the_gradient(quick_backend):
     logits, target, options = problem(6, 300, OPTIONS["all"])
-    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1), device="cpu").to(logits.device)
     loss, _, gradient = loss_and_gradient(logits, target, backend=quick_backend, **options)
     options["weight"] = options["weight"][order]
     moved_loss, _, moved = loss_and_gradient(

@@ -12,26 +12,33 @@ SHAPES = [(7,), (1, 7), (5, 7), (5, 1), (2, 7, 3), (2, 7, 3, 4), (2, 7, 3, 1, 2)
 ERRORS = (TypeError, ValueError, IndexError)
 
 
-def arguments(shape, probabilities, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def random(function, *args, seed=0):
+    """The same random numbers on every device."""
+    with torch.device("cpu"):
+        numbers = function(*args, generator=torch.Generator().manual_seed(seed))
+    return numbers.to(torch.get_default_device())
+
+
+def arguments(shape, probabilities, dtype):
     dim = min(1, len(shape) - 1)
-    logits = (torch.randn(shape, generator=generator) * 3).to(dtype)
+    logits = (random(torch.randn, shape) * 3).to(dtype)
     if probabilities:
-        return logits, torch.rand(shape, generator=generator).to(dtype)
-    return logits, torch.randint(shape[dim], shape[:dim] + shape[dim + 1 :], generator=generator)
+        return logits, random(torch.rand, shape).to(dtype)
+    return logits, random(torch.randint, shape[dim], shape[:dim] + shape[dim + 1 :])
 
 
-def both(logits, target, backend, upstream_seed=1, **keywords):
+def both(logits, target, backend, **keywords):
     results = []
-    for loss in (
-        lambda z: F.cross_entropy(z, target, **keywords),
-        lambda z: self_regularized_entropy(z, target, reg_weight=0, backend=backend, **keywords),
+    # Theirs on the CPU: on a GPU it refuses to be deterministic.
+    for loss, device in (
+        (F.cross_entropy, "cpu"),
+        (lambda *args, **k: self_regularized_entropy(*args, **k, reg_weight=0, backend=backend), logits.device),
     ):
-        leaf = logits.clone().requires_grad_()
-        value = loss(leaf)
-        generator = torch.Generator().manual_seed(upstream_seed)
-        value.backward(torch.randn(value.shape, generator=generator).to(value.dtype))
-        results.append((value.detach(), leaf.grad))
+        moved = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in keywords.items()}
+        leaf = logits.to(device, copy=True).requires_grad_()
+        value = loss(leaf, target.to(device), **moved)
+        value.backward(random(torch.randn, value.shape, seed=1).to(device, value.dtype))
+        results.append((value.detach().cpu(), leaf.grad.cpu()))
     return results
 
 
@@ -135,7 +142,7 @@ def test_masked_logits(quick_backend):
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "unaligned", "odd stride"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["single pass", "recompute"])
 def test_strided_logits(layout, recompute, backend):
-    base = torch.randn(12, 12, generator=torch.Generator().manual_seed(0)) * 3
+    base = random(torch.randn, (12, 12)) * 3
     view = {
         "transposed": lambda b: b.t(),
         "sliced": lambda b: b[1::2, 2:9],

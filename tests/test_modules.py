@@ -47,6 +47,7 @@ def test_every_keyword_reaches_the_function(name, uncompiled):
 
 
 def test_options_may_change_between_steps(row_backend):
+    z, y = torch.randn(6, 20), torch.arange(6)
     criterion = SelfRegularizedEntropyLoss(backend=row_backend)
     for value in (0.0, 0.5, torch.tensor(1.0)):
         criterion.reg_weight = value
