@@ -152,7 +152,7 @@ def _walk_lse(inputs, opts, rows, counted, V: tl.constexpr):
     lse = empty_lse(V)
     for start in range(0, inputs.num_classes * V.ALIGN, V.BLOCK_K):
         z, _, wy, given = _load_tile(inputs, opts, rows, counted, start, V)
-        lse = add_to_lse(lse, z, wy, given, V.HAS_Y)
+        lse = add_to_lse(lse, z, wy, given, V.HAS_Y, inputs.weight_ptr is not None)
     return lse
 
 
@@ -192,7 +192,7 @@ def row_loss_kernel(
     counted = targets[0]
     if V.RESIDENT:
         z, y, wy, given = _load_tile(inputs, opts, rows, counted, 0, V)
-        lse = add_to_lse(empty_lse(V), z, wy, given, V.HAS_Y)
+        lse = add_to_lse(empty_lse(V), z, wy, given, V.HAS_Y, inputs.weight_ptr is not None)
     else:
         lse = _walk_lse(inputs, opts, rows, counted, V)
     lse = lse_with_targets(inputs, opts, lse, targets, V)

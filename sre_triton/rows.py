@@ -77,7 +77,9 @@ def zeros(V: tl.constexpr):
 def empty_lse(V: tl.constexpr):
     """What add_to_lse begins with."""
     zero = zeros(V)
-    return zero - INF, zero, zero, zero, zero
+    # Triton 3.6 and 3.8 rewrite a sum in a loop that begins at a constant, and fail if it is used twice afterwards.
+    y_zero = zero + tl.program_id(0).to(tl.float32) * 0.0
+    return zero - INF, zero, y_zero, y_zero, y_zero
 
 
 @triton.jit

@@ -153,7 +153,7 @@ def sums_of_h_and_u(z, numbers, ADJACENT: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def add_to_lse(lse, z, wy, given, HAS_Y: tl.constexpr):
+def add_to_lse(lse, z, wy, given, HAS_Y: tl.constexpr, WEIGHTED: tl.constexpr):
     """m, s, Σ w y, Σ w y (z - m), and Σ w y before smoothing, with one more tile."""
     m_old, exp_sum, y_sum, yz_sum, omega = lse
     m = tl.maximum(m_old, tl.max(z, 1))
@@ -165,7 +165,8 @@ def add_to_lse(lse, z, wy, given, HAS_Y: tl.constexpr):
         yz_sum += tl.where((m_old == m) | (y_sum == 0), 0.0, y_sum * (m_old - m))
         yz_sum += tl.sum(tl.where(wy == 0, 0.0, wy * (z - reference)), 1)
         y_sum += tl.sum(wy, 1)
-        omega += tl.sum(given, 1)
+        if WEIGHTED:
+            omega += tl.sum(given, 1)
     return m, exp_sum, y_sum, yz_sum, omega
 
 
