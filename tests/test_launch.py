@@ -84,10 +84,10 @@ def test_rows_that_share_a_program(N, on_triton):
     torch.testing.assert_close(gradient[kept].double(), truth(logits[kept], target[kept], reduction="sum")[2], **CLOSE)
 
 
-def guarded(shape, dtype, pad=5, fill=torch.nan):
+def guarded(shape, dtype, pad=5):
     """A matrix in the middle of a larger one, and a check that nothing around it has changed."""
     N, K = shape
-    band = torch.full((N + 4, K + 2 * pad), fill, dtype=dtype)
+    band = torch.full((N + 4, K + 2 * pad), torch.nan, dtype=dtype)
     matrix = band[2 : N + 2, pad : pad + K]
 
     def untouched():
