@@ -11,22 +11,11 @@ from triton.backends.compiler import GPUTarget
 
 from .kernels import row_gradient_kernel, row_loss_kernel, row_lse_kernel, row_sums_kernel, scale_gradient_kernel
 from .ops import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, new_numbers, primitive
+from .plan import plan
 from .rows import Inputs, Options, Variant
 
 INTERPRETED = triton.knobs.runtime.interpret
-
-# A row of up to 16384 classes is kept in the registers of 512 threads, 128 each. Where a class has more than its logit
-# (a target probability, a weight, a softcap) or an address of its own (K or a stride is odd), half as many fit.
-RESIDENT_THREADS = 512
-RESIDENT_CLASSES_PER_THREAD = 32
-# Rows of few classes share a program until it has this many; with more, the numbers of the rows spill.
-SMALLEST_TILE = 256
-# Longer rows are walked in tiles. What is read again should come from the L2 cache, where only few rows fit at a time:
-# the longer they are, the more threads walk together.
-LOOP_CLASSES_PER_THREAD = 16
-LOOP_THREADS = 512
-LONG_ROW = 65536
-LONG_LOOP_THREADS = 1024
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 # Programs that multiply a stored gradient: enough for the bandwidth of a GPU, and few to start and end if there is
 # nothing to do.
@@ -68,7 +57,7 @@ def _options(c, reg_weight, ignore_index, label_smoothing, z_loss, softcap) -> O
         reg_weight_ptr=reg_weight_ptr,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing or None,
-        z_loss=z_loss,
+        z_loss=z_loss or None,
         softcap=softcap or None,
     )
 
@@ -84,26 +73,30 @@ def _launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, optio
     gradient = arguments.get("gradient_ptr")
     strides = [matrix.stride(0) for matrix in (logits, gradient, target) if matrix is not None and matrix.dim() == 2]
     # Divides K and the distance of rows, so that as many classes at a time are read and written: at most 16 bytes.
-    align = math.gcd(16 // logits.element_size(), num_classes, *strides)
+    vector = 16 // logits.element_size()
+    align = math.gcd(vector, num_classes, *strides)
     if "gradient_ptr" in arguments:
         arguments["gradient_stride"] = 0 if gradient is None else gradient.stride(0) // align
 
     has_y = probabilities or opts.label_smoothing is not None
-    plain = not has_y and opts.softcap is None
-    block_k = max(16, triton.next_power_of_2(num_classes))
-    per_thread = RESIDENT_CLASSES_PER_THREAD if plain and align >= 4 else RESIDENT_CLASSES_PER_THREAD // 2
-    resident = kernel is row_loss_kernel and block_k <= RESIDENT_THREADS * per_thread
-    if not resident:
-        per_thread = LOOP_CLASSES_PER_THREAD
-        block_k = min(block_k, per_thread * (LONG_LOOP_THREADS if plain and num_classes >= LONG_ROW else LOOP_THREADS))
-    tile_rows = max(1, SMALLEST_TILE // block_k)
+    fused = kernel is row_loss_kernel
     with _on(logits.device):
         gpu = _gpu(logits.device)
-        num_warps = max(1, tile_rows * block_k // per_thread // gpu.warp_size)
+        how = plan(
+            num_classes,
+            fused=fused,
+            plain=not has_y and opts.softcap is None,
+            warp_size=gpu.warp_size,
+            clusters=gpu.backend == "cuda" and gpu.arch >= 90 and TRITON_VERSION >= (3, 8),
+        )
+        window = align < vector and how.rows == 1 and (gradient is None or gradient.stride(0) == logits.stride(0))
+        shortest = num_classes - 2 * (vector - 1) if window else num_classes
+        if fused:
+            arguments["num_programs"] = 0
         if gpu.backend == "cuda":
             # Left to itself, ptxas spills to stay below 64 where 128 are free.
-            arguments["maxnreg"] = min(128 if tile_rows == 1 else 255, 65536 // (num_warps * gpu.warp_size))
-        kernel[(triton.cdiv(num_rows, tile_rows),)](
+            arguments["maxnreg"] = min(globals().get("MAXREG",128) if how.rows == 1 else 255, 65536 // (how.num_warps * gpu.warp_size))
+        kernel[(triton.cdiv(num_rows, how.rows),)](
             inputs=Inputs(
                 logits_ptr=logits,
                 logits_stride=logits.stride(0) // align,
@@ -117,13 +110,19 @@ def _launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, optio
             V=Variant(
                 PROBABILITIES=probabilities,
                 HAS_Y=has_y,
-                RESIDENT=resident,
-                ROWS=tile_rows,
-                BLOCK_K=block_k,
+                RESIDENT=how.path != "loop",
+                STAGES=how.stages,
+                ROWS=how.rows,
+                BLOCK_K=how.block_k,
+                TILES=how.tiles,
+                FULL=0 if how.path == "loop" else shortest // how.block_k,
                 ALIGN=align,
+                VECTOR=vector,
+                WINDOW=window,
                 PTX=gpu.backend == "cuda",
             ),
-            num_warps=num_warps,
+            num_warps=how.num_warps,
+            num_ctas=how.num_ctas,
             enable_fp_fusion=True,
             **arguments,
         )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import INF, LN_2, coin_h_and_u, finite_maximum, log2_parts
+from .tiles import LN_2, coin_h_and_u, exp2_near_0, finite_maximum, log2_parts, reciprocal
 
 
 class Inputs(NamedTuple):
@@ -50,10 +50,15 @@ class Variant(NamedTuple):
 
     PROBABILITIES: bool  # the target is probabilities, not class indices
     HAS_Y: bool  # y differs from 0 at other classes than the target
-    RESIDENT: bool  # a row is one tile
-    ROWS: int
-    BLOCK_K: int
+    RESIDENT: bool  # a row is held in registers
+    STAGES: int  # rows that are on their way into a program at the same time; 0 where a program has one set of rows
+    ROWS: int  # rows of a program at a time
+    BLOCK_K: int  # classes of a tile
+    TILES: int  # tiles of a row that is resident, or in one step of a loop
+    FULL: int  # the first so many of a resident row's tiles end before the row does
     ALIGN: int  # K and the strides are multiples of it
+    VECTOR: int  # classes in 16 bytes
+    WINDOW: bool  # tiles begin at multiples of VECTOR, and what of a row lies before and after is a tile of its own
     PTX: bool  # NVIDIA's instructions are there
 
 
@@ -68,57 +73,82 @@ def shares(inputs, opts, V: tl.constexpr):
 
 @triton.jit
 def zeros(V: tl.constexpr):
-    """A number per row."""
+    """What belongs to the rows."""
     ROWS: tl.constexpr = V.ROWS
-    return tl.zeros((ROWS,), tl.float32)
+    if ROWS == 1:
+        return tl.cast(0.0, tl.float32)
+    else:
+        return tl.zeros((ROWS,), tl.float32)
 
 
 @triton.jit
-def empty_lse(V: tl.constexpr):
-    """What add_to_lse begins with."""
-    zero = zeros(V)
-    # Triton 3.6 and 3.8 rewrite a sum in a loop that begins at a constant, and fail if it is used twice afterwards.
-    y_zero = zero + tl.program_id(0).to(tl.float32) * 0.0
-    return zero - INF, zero, y_zero, y_zero, y_zero
+def if_counted(counted, x, other):
+    """``counted`` is None where all rows are."""
+    if counted is None:
+        return x
+    else:
+        return tl.where(counted, x, other)
+
+
+@triton.jit
+def load_if_counted(pointers, counted):
+    """A number of each row, 0 where it is not counted."""
+    if counted is None:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=counted, other=0)
 
 
 @triton.jit
 def lse_with_targets(inputs, opts, lse, targets, V: tl.constexpr):
-    """The five statistics of row_lse, from the sums over the tiles."""
+    """m, s and the sums with y of whole rows, from those over the tiles."""
     m, exp_sum, y_sum, yz_sum, omega = lse
     if V.PROBABILITIES:
         if inputs.weight_ptr is None:
             omega = zeros(V) + 1.0
         return m, exp_sum, y_sum, yz_sum, omega
     else:
-        _, _, z_g, w_g = targets
+        _, z_g, w_g = targets
         _, at_target = shares(inputs, opts, V)
         wy_g = at_target * w_g
         return m, exp_sum, y_sum + wy_g, yz_sum + wy_g * (z_g - finite_maximum(m)), w_g
 
 
 @triton.jit
-def _c(opts):
+def _c(opts, PTX: tl.constexpr):
     """c, and log2 c as a whole number and the rest."""
     if opts.c is None:
         c = tl.load(opts.c_ptr).to(tl.float32)
-        whole, rest = log2_parts(c)
+        whole, rest = log2_parts(c, PTX)
         return c, whole, rest
     else:
         return opts.c, opts.log2_c_whole, opts.log2_c_rest
 
 
 @triton.jit
-def numbers_of(opts, m, exp_sum, counted):
+def numbers_of(opts, reference, exp_sum, counted, PTX: tl.constexpr):
     """What tiles need of a row (tiles.py: its `numbers`), the sum of exponentials, and its logarithm.
 
-    The sum of a row of nothing but -inf is NaN, and that of a row which is not read is 1.
+    The sum of a row of nothing but -inf is 0: it becomes NaN, and that of a row which is not read 1.
     """
-    exp_sum = tl.where(counted, tl.where(m == -INF, float("nan"), exp_sum), 1.0)
-    whole, rest = log2_parts(exp_sum)
-    c, c_whole, c_rest = _c(opts)
-    numbers = (finite_maximum(m), whole + c_whole, rest + c_rest, tl.fdiv(1.0, exp_sum * c))
-    return numbers, exp_sum, (whole + rest) * LN_2
+    factor, product, lost = reference
+    exp_sum = if_counted(counted, tl.where(exp_sum == 0.0, float("nan"), exp_sum), 1.0)
+    whole, rest = log2_parts(exp_sum, PTX)
+    c, c_whole, c_rest = _c(opts, PTX)
+    # log2(s c) is rounded to `off`, and s c to what `off` is the logarithm of: p / c is the same number wherever it
+    # stands. All it costs is that c is not quite the c that was asked for, by up to 6e-7 of it.
+    off = (whole + c_whole) + (rest + c_rest)
+    more = (rest + c_rest) - (off - (whole + c_whole))
+    sc = exp_sum * c
+    return (factor, product, off, sc - sc * (more * LN_2)), exp_sum, (whole + (rest - lost)) * LN_2
+
+
+@triton.jit
+def stats_of(lse, reference):
+    """The five statistics of row_lse: there the sum of exponentials is that of exp(z - m)."""
+    m, exp_sum, y_sum, yz_sum, omega = lse
+    _, _, lost = reference
+    return m, exp_sum * exp2_near_0(-lost), y_sum, yz_sum, omega
 
 
 @triton.jit
@@ -127,7 +157,7 @@ def sums_with_targets(inputs, opts, h_sum, u_sum, targets, numbers, V: tl.conste
     if V.PROBABILITIES:
         return h_sum * LN_2, u_sum * LN_2
     else:
-        _, _, z_g, _ = targets
+        _, z_g, _ = targets
         h_g, u_g = coin_h_and_u(z_g, numbers, V.PTX)
         share, at_target = shares(inputs, opts, V)
         return ((1.0 - share) * h_sum - at_target * h_g) * LN_2, ((1.0 - share) * u_sum - at_target * u_g) * LN_2
@@ -145,18 +175,26 @@ def _reg_weight(opts):
 def losses_of(opts, lse, h_sum, log_sum, counted):
     """The loss, H, S and α lse²."""
     m, _, y_sum, yz_sum, omega = lse
-    cross_entropy = tl.where(counted, y_sum * log_sum - yz_sum, 0.0)
-    regularizer = tl.where(counted, omega * h_sum, 0.0)
-    z_penalty = tl.where(counted, opts.z_loss * omega * (m + log_sum) * (m + log_sum), 0.0)
+    cross_entropy = if_counted(counted, y_sum * log_sum - yz_sum, 0.0)
+    regularizer = if_counted(counted, omega * h_sum, 0.0)
+    z_penalty = m * 0.0
+    if opts.z_loss is not None:
+        z_penalty = if_counted(counted, opts.z_loss * omega * (m + log_sum) * (m + log_sum), 0.0)
     return cross_entropy - _reg_weight(opts) * regularizer + z_penalty, cross_entropy, regularizer, z_penalty
 
 
 @triton.jit
-def coefficients_of(inputs, opts, scale_ptr, scale_stride, rows, counted, lse, exp_sum, log_sum, u_sum):
+def coefficients_of(
+    inputs, opts, scale_ptr, scale_stride, rows, counted, lse, exp_sum, log_sum, u_sum, PTX: tl.constexpr
+):  # fmt: skip
     """coef_p / s, the factor of u in bits, and the scale."""
     m, _, y_sum, _, omega = lse
-    scale = tl.load(scale_ptr + rows * scale_stride, mask=counted, other=0.0)
+    scale = load_if_counted(scale_ptr + rows * scale_stride, counted)
     reg_weight = _reg_weight(opts)
-    coef_p = scale * (y_sum + omega * (2.0 * opts.z_loss * (m + log_sum) - reg_weight * u_sum))
+    of_lse = -reg_weight * u_sum
+    if opts.z_loss is not None:
+        of_lse += 2.0 * opts.z_loss * (m + log_sum)
+    coef_p = scale * (y_sum + omega * of_lse)
     coef_u = scale * omega * reg_weight
-    return tl.where(counted, coef_p / exp_sum, 0.0), tl.where(counted, coef_u * LN_2, 0.0), scale
+    coef_e = if_counted(counted, coef_p * reciprocal(exp_sum, PTX), 0.0)
+    return coef_e, if_counted(counted, coef_u * LN_2, 0.0), scale

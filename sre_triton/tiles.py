@@ -1,20 +1,25 @@
-"""The mathematics of one tile, (ROWS, BLOCK_K) classes in registers: each formula once, for all kernels.
+"""The mathematics of tiles, classes in registers: each formula once, for all kernels.
 
 Logarithms have the base 2, as the hardware's have: what passes.py calls d, t, h and u is divided by log 2 here.
 
-    d = (z - m) log2 e          m the row's maximum
+    d = (z - m) log2 e          m the row's maximum; in one multiplication and addition, with m log2 e rounded before
     e = 2^d                     p = e / s, s the sum of e over the row
     t = d - log2(s c)           = log2(p / c)
-    x = e / (s c)               = p / c, from the same exponential as p
-    μ = min(x, 1) / (1 + x)     the smaller of the coin's two probabilities
+    μ = min(e, s c) / (e + s c) the smaller of the coin's two probabilities
     h = |t| μ - log2(1 - μ)     the coin's entropy, in bits
     u = t μ (1 - μ)
 
-A number per row is a vector, (ROWS,); numbers that meet a tile are columns, (ROWS, 1).
+A tile of one row is a vector, (BLOCK_K,), and what belongs to the row a scalar. A tile of more rows is a matrix,
+(ROWS, BLOCK_K), and what belongs to the rows a vector, (ROWS,), which meets the tile as a column. What a row's tiles
+add up to is kept per group of eight classes of a tile, and a thread has whole groups: until a row is at its end, no
+thread waits for another.
 """
 
 import triton
 import triton.language as tl
+
+# Whether Triton's interpreter runs the kernels. It has no instructions of a GPU.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # A constexpr stands on the right: on the left of a tensor, the interpreter would make a constexpr of the result.
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -24,9 +29,12 @@ INF = tl.constexpr(float("inf"))
 # 2^FLOOR is 0. It stands in for -inf, so that t is finite where it is multiplied by 0.
 FLOOR = tl.constexpr(-1e4)
 
-# Four classes share one logarithm. With eight, where all μ are 1/2, the 1 in 1 - Π(1 - μ) costs eight bits, 1.5e-6 of
-# S; with four, 1e-7.
-LOG2_GROUP = tl.constexpr(2)
+# Where m is larger, m log2 e may be rounded by more than 2 has exponents. Neighbouring floats are more than 64 apart
+# there: with a smaller factor than log2 e, all but the largest logits still have no probability.
+LARGEST = tl.constexpr(2.0**30)
+
+# Groups of 2^3 classes: sixteen bytes of bf16, which one instruction reads.
+LOG2_GROUP = tl.constexpr(3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,7 +42,16 @@ LOG2_GROUP = tl.constexpr(2)
 
 
 @triton.jit
-def _reciprocal(x, PTX: tl.constexpr):
+def _fma(x, y, z):
+    """x * y + z, rounded once."""
+    if INTERPRETED:
+        return (x.to(tl.float64) * y + z).to(tl.float32)
+    else:
+        return tl.fma(x, y, z)
+
+
+@triton.jit
+def reciprocal(x, PTX: tl.constexpr):
     if PTX:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
@@ -42,8 +59,14 @@ def _reciprocal(x, PTX: tl.constexpr):
 
 
 @triton.jit
+def _exp2(x):
+    """To 2^-22 of itself."""
+    return tl.exp2(x)
+
+
+@triton.jit
 def _log2(x, PTX: tl.constexpr):
-    """To 2^-22 absolutely, for x from 1/16 to 1."""
+    """To 2^-22, of itself or absolutely."""
     if PTX:
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
@@ -51,10 +74,13 @@ def _log2(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def _minus_log2_1m(M, PTX: tl.constexpr):
-    """-log2(1 - M); where 1 - M would lose digits of M, by the first five terms of its series."""
-    series = M * (1.0 + M * (1 / 2 + M * (1 / 3 + M * (1 / 4 + M * (1 / 5)))))
-    return tl.where(M < 0.05, series * LOG2_E, -_log2(1.0 - M, PTX))
+def _minus_log2(P, M, PTX: tl.constexpr):
+    """-log2 P for P = 1 - M; where P would lose digits of M, by a polynomial in M.
+
+    That is M q(M), q fitted to -log2(1 - M) / M at Chebyshev nodes, and right to 1.4e-8.
+    """
+    near = M * (1.44269502 + M * (0.721357346 + M * (0.479925036 + M * 0.391268671)))
+    return tl.where(M < 0.05, near, -_log2(P, PTX))
 
 
 @triton.jit
@@ -68,29 +94,107 @@ def _tanh(v):
 
 
 @triton.jit
-def log2_parts(x):
-    """(whole, rest) with log2 x = whole + rest and 0 <= rest < 1, for x >= 1e-37 or NaN.
+def exp2_near_0(x):
+    """2^x, where it is near 1 to the last digit: the instruction is right to 2^-22 only."""
+    y = x * LN_2
+    return tl.where(tl.abs(x) < 0.001, 1.0 + (y + 0.5 * y * y), _exp2(x))
 
-    One rounded number would move the t of all classes of a row the same way, by up to 1e-6, and where the u of many
-    classes cancel in their sum that is what does not.
-    """
+
+@triton.jit
+def log2_parts(x, PTX: tl.constexpr):
+    """(whole, rest) with log2 x = whole + rest and 0 <= rest < 1, for x >= 1e-37 or NaN."""
     bits = x.to(tl.int32, bitcast=True)
     whole = ((bits >> 23) - 127).to(tl.float32)
     mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    return whole, tl.where(x == x, tl.log2(mantissa), x)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Functions of a tile, or of the rows' targets. A row's `numbers` are m, log2(s c) as whole + rest, and 1 / (s c).
+    return whole, _log2(mantissa, PTX) + x * 0.0  # NaN stays NaN
 
 
 @triton.jit
 def load_logits(pointers, mask, softcap):
     """z in float32, -inf outside the mask."""
-    z = tl.load(pointers, mask=mask, other=-INF).to(tl.float32)
+    if mask is None:
+        z = tl.load(pointers).to(tl.float32)
+    else:
+        z = tl.load(pointers, mask=mask, other=-INF).to(tl.float32)
     if softcap is not None:
-        z = tl.where(mask, softcap * _tanh(z * (1.0 / softcap)), -INF)
+        z = softcap * _tanh(z * (1.0 / softcap))
+        if mask is not None:
+            z = tl.where(mask, z, -INF)
     return z
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups. A vector of classes that a thread reads at once is 2^ADJACENT wide; its other classes lie far apart.
+
+
+@triton.jit
+def column(numbers, tile):
+    """What belongs to the rows, to meet a tile of them."""
+    if len(tile.shape) == 2:
+        return numbers[:, None]
+    else:
+        return numbers
+
+
+@triton.jit
+def _halves(x, LEVEL: tl.constexpr, ADJACENT: tl.constexpr):
+    """Two tensors of half the width, whose elements at the same place a thread has both."""
+    if len(x.shape) == 2:
+        if LEVEL < ADJACENT:
+            return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+        else:
+            return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+    else:
+        if LEVEL < ADJACENT:
+            return tl.split(tl.reshape(x, (x.shape[0] // 2, 2)))
+        else:
+            return tl.split(tl.permute(tl.reshape(x, (2, x.shape[0] // 2)), (1, 0)))
+
+
+@triton.jit
+def _sum_of_groups(x, ADJACENT: tl.constexpr):
+    for level in tl.static_range(LOG2_GROUP):
+        a, b = _halves(x, level, ADJACENT)
+        x = a + b
+    return x
+
+
+@triton.jit
+def _maximum_of_groups(x, ADJACENT: tl.constexpr):
+    for level in tl.static_range(LOG2_GROUP):
+        a, b = _halves(x, level, ADJACENT)
+        x = tl.maximum(a, b)
+    return x
+
+
+@triton.jit
+def _to_groups(x, ADJACENT: tl.constexpr):
+    """A number per group, at each of its classes."""
+    for level in tl.static_range(LOG2_GROUP):
+        x = tl.join(x, x)
+        if len(x.shape) == 3:
+            if LOG2_GROUP - 1 - level >= ADJACENT:
+                x = tl.permute(x, (0, 2, 1))
+            x = tl.reshape(x, (x.shape[0], x.shape[1] * x.shape[2]))
+        else:
+            if LOG2_GROUP - 1 - level >= ADJACENT:
+                x = tl.permute(x, (1, 0))
+            x = tl.reshape(x, (x.shape[0] * x.shape[1],))
+    return x
+
+
+@triton.jit
+def largest_of_row(x):
+    return tl.max(x, len(x.shape) - 1)
+
+
+@triton.jit
+def sum_of_row(x):
+    return tl.sum(x, len(x.shape) - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sum of exponentials
 
 
 @triton.jit
@@ -100,81 +204,193 @@ def finite_maximum(m):
 
 
 @triton.jit
-def columns(numbers):
-    """A row's numbers, to meet a tile."""
-    m, whole, rest, e_scale = numbers
-    return m[:, None], whole[:, None], rest[:, None], e_scale[:, None]
+def reference_of(m, PTX: tl.constexpr):
+    """The factor log2 e, m log2 e rounded, and what the rounding lost: d is too large by that."""
+    m = finite_maximum(m)
+    factor = tl.minimum(reciprocal(tl.abs(m), PTX) * (LARGEST * LOG2_E), LOG2_E)
+    product = m * factor
+    return factor, product, _fma(m, factor, -product)
 
 
 @triton.jit
-def _exp(z, m):
+def columns(numbers, tile):
+    factor, product, off, sc = numbers
+    return column(factor, tile), column(product, tile), column(off, tile), column(sc, tile)
+
+
+@triton.jit
+def _exp(z, factor, product):
     """d and e, d finite also where z is -inf; NaN stays NaN."""
-    d = tl.maximum((z - m) * LOG2_E, FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    return d, tl.exp2(d)
+    d = tl.maximum(_fma(z, factor, -product), FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    return d, _exp2(d)
+
+
+@triton.jit
+def maximum_of(tiles, edge, ADJACENT: tl.constexpr):
+    """The maximum of rows that are held as tiles."""
+    m = tiles[0]
+    for i in tl.static_range(1, len(tiles)):
+        m = tl.maximum(m, tiles[i])
+    m = _maximum_of_groups(m, ADJACENT)
+    if edge is not None:
+        m = tl.maximum(m, edge)
+    return largest_of_row(m)
+
+
+@triton.jit
+def sum_of_exps(tiles, edge, reference, ADJACENT: tl.constexpr):
+    """Of rows that are held as tiles."""
+    factor, product = column(reference[0], tiles[0]), column(reference[1], tiles[0])
+    _, exp_sum = _exp(tiles[0], factor, product)
+    for i in tl.static_range(1, len(tiles)):
+        _, e = _exp(tiles[i], factor, product)
+        exp_sum += e
+    exp_sum = _sum_of_groups(exp_sum, ADJACENT)
+    if edge is not None:
+        _, e = _exp(edge, factor, product)
+        exp_sum += e
+    return sum_of_row(exp_sum)
+
+
+@triton.jit
+def _yz(z, wy, m):
+    return tl.where(wy == 0, 0.0, wy * (z - m))
+
+
+@triton.jit
+def sums_of_y(z, wy, given, m, ADJACENT: tl.constexpr):
+    """Σ w y, Σ w y (z - m), and Σ w y before smoothing, of the groups; m is a number or a tile."""
+    y_sum, yz_sum, omega = wy[0], _yz(z[0], wy[0], m), given[0]
+    for i in tl.static_range(1, len(z)):
+        y_sum += wy[i]
+        yz_sum += _yz(z[i], wy[i], m)
+        omega += given[i]
+    return _sum_of_groups(y_sum, ADJACENT), _sum_of_groups(yz_sum, ADJACENT), _sum_of_groups(omega, ADJACENT)
+
+
+@triton.jit
+def lse_of_edge(z, wy, given, HAS_Y: tl.constexpr):
+    """m, s, Σ w y, Σ w y (z - m), and Σ w y before smoothing, of groups of one class."""
+    exp_sum = tl.where(z == -INF, 0.0, 1.0)
+    if HAS_Y:
+        return z, exp_sum, wy, _yz(z, wy, finite_maximum(z)), given
+    else:
+        return z, exp_sum, exp_sum, exp_sum, exp_sum
+
+
+@triton.jit
+def add_to_lse(lse, z, wy, given, HAS_Y: tl.constexpr, ADJACENT: tl.constexpr):
+    """The same of the groups, with some tiles more."""
+    m_old, exp_sum, y_sum, yz_sum, omega = lse
+    largest = z[0]
+    for i in tl.static_range(1, len(z)):
+        largest = tl.maximum(largest, z[i])
+    m = tl.maximum(m_old, _maximum_of_groups(largest, ADJACENT))
+    finite = finite_maximum(m)
+    m_tile = _to_groups(finite, ADJACENT)
+    e = _exp2((z[0] - m_tile) * LOG2_E)
+    for i in tl.static_range(1, len(z)):
+        e += _exp2((z[i] - m_tile) * LOG2_E)
+    exp_sum = exp_sum * _exp2((m_old - finite) * LOG2_E) + _sum_of_groups(e, ADJACENT)
+    if HAS_Y:
+        more_y, more_yz, more_omega = sums_of_y(z, wy, given, m_tile, ADJACENT)
+        yz_sum += y_sum * (finite_maximum(m_old) - finite) + more_yz
+        y_sum += more_y
+        omega += more_omega
+    return m, exp_sum, y_sum, yz_sum, omega
+
+
+@triton.jit
+def lse_of_rows(lse, reference, m, HAS_Y: tl.constexpr):
+    """The same of rows, from their groups; s relative to the reference."""
+    m_group, exp_sum, y_sum, yz_sum, omega = lse
+    factor, product = column(reference[0], m_group), column(reference[1], m_group)
+    exp_sum = sum_of_row(exp_sum * _exp2(_fma(m_group, factor, -product)))
+    if HAS_Y:
+        yz_sum += y_sum * (finite_maximum(m_group) - column(finite_maximum(m), m_group))
+        return m, exp_sum, sum_of_row(y_sum), sum_of_row(yz_sum), sum_of_row(omega)
+    else:
+        zero = m * 0.0
+        return m, exp_sum, zero, zero, zero
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What follows from it. A row's `numbers` are the factor and product of its reference, log2(s c), and s c.
 
 
 @triton.jit
 def _coin(z, numbers, PTX: tl.constexpr):
     """e, t and μ."""
-    m, whole, rest, e_scale = numbers
-    d, e = _exp(z, m)
-    x = e * e_scale
-    return e, d - whole - rest, tl.minimum(x, 1.0) * _reciprocal(1.0 + x, PTX)
-
-
-@triton.jit
-def _u(t, mu):
-    return t * (mu - mu * mu)
+    factor, product, off, sc = numbers
+    d, e = _exp(z, factor, product)
+    return e, d - off, tl.minimum(e, sc) * reciprocal(e + sc, PTX)
 
 
 @triton.jit
 def coin_h_and_u(z, numbers, PTX: tl.constexpr):
     """h and u, with a logarithm for every class."""
     _, t, mu = _coin(z, numbers, PTX)
-    return tl.abs(t) * mu + _minus_log2_1m(mu, PTX), _u(t, mu)
+    v = t * mu
+    return tl.abs(v) + _minus_log2(1.0 - mu, mu, PTX), v - v * mu
 
 
 @triton.jit
-def sums_of_h_and_u(z, numbers, ADJACENT: tl.constexpr, PTX: tl.constexpr):
-    """Over a tile's classes, with one logarithm for four of them, the Π(1 - μ) of a group kept as 1 - M.
+def sums_of_h_and_u(tiles, numbers, ADJACENT: tl.constexpr, PTX: tl.constexpr):
+    """Of the groups of some tiles, with one logarithm for all classes of a group.
 
-    The classes of a group are ADJACENT where a thread holds adjacent classes, else spread evenly over the tile.
+    P = Π (1 - μ) and M = 1 - P are kept apart, as P knows nothing of small M. Four classes go into M at a time: with
+    eight, where all μ are 1/2, 1 - M would lose eight bits.
     """
-    _, t, mu = _coin(z, numbers, PTX)
-    M = mu
-    for _ in tl.static_range(LOG2_GROUP):
-        if ADJACENT:
-            pairs = tl.reshape(M, (M.shape[0], M.shape[1] // 2, 2))
+    for i in tl.static_range(len(tiles)):
+        _, t, mu = _coin(tiles[i], numbers, PTX)
+        v = t * mu
+        u = v - v * mu
+        # Not from 0 on: adding to that takes an instruction as well.
+        if i == 0:
+            v_sum, u_sum = tl.abs(v), u
         else:
-            pairs = tl.permute(tl.reshape(M, (M.shape[0], 2, M.shape[1] // 2)), (0, 2, 1))
-        a, b = tl.split(pairs)
-        M = a + (b - a * b)
-    return tl.sum(tl.abs(t) * mu, 1) + tl.sum(_minus_log2_1m(M, PTX), 1), tl.sum(_u(t, mu), 1)
+            v_sum, u_sum = v_sum + tl.abs(v), u_sum + u
+        for level in tl.static_range(LOG2_GROUP - 1):
+            a, b = _halves(mu, level, ADJACENT)
+            mu = a + (b - a * b)
+        if i == 0:
+            M, P = mu, 1.0 - mu
+        else:
+            M, P = M + (mu - M * mu), P - P * mu
+    a, b = _halves(M, LOG2_GROUP - 1, ADJACENT)
+    P_a, P_b = _halves(P, LOG2_GROUP - 1, ADJACENT)
+    logarithms = _minus_log2(P_a * P_b, a + (b - a * b), PTX)
+    return _sum_of_groups(v_sum, ADJACENT) + logarithms, _sum_of_groups(u_sum, ADJACENT)
 
 
 @triton.jit
-def add_to_lse(lse, z, wy, given, HAS_Y: tl.constexpr, WEIGHTED: tl.constexpr):
-    """m, s, Σ w y, Σ w y (z - m), and Σ w y before smoothing, with one more tile."""
-    m_old, exp_sum, y_sum, yz_sum, omega = lse
-    m = tl.maximum(m_old, tl.max(z, 1))
-    exp_sum *= tl.where(m_old == m, 1.0, tl.exp2((m_old - m) * LOG2_E))
-    reference = finite_maximum(m)[:, None]
-    _, e = _exp(z, reference)
-    exp_sum += tl.sum(e, 1)
-    if HAS_Y:
-        yz_sum += tl.where((m_old == m) | (y_sum == 0), 0.0, y_sum * (m_old - m))
-        yz_sum += tl.sum(tl.where(wy == 0, 0.0, wy * (z - reference)), 1)
-        y_sum += tl.sum(wy, 1)
-        if WEIGHTED:
-            omega += tl.sum(given, 1)
-    return m, exp_sum, y_sum, yz_sum, omega
+def weighted_sums_of_h_and_u(z, y, numbers, ADJACENT: tl.constexpr, PTX: tl.constexpr):
+    """Of (1 - y) h and (1 - y) u, with a logarithm for every class."""
+    h, u = coin_h_and_u(z[0], numbers, PTX)
+    h_sum, u_sum = (1.0 - y[0]) * h, (1.0 - y[0]) * u
+    for i in tl.static_range(1, len(z)):
+        h, u = coin_h_and_u(z[i], numbers, PTX)
+        h_sum, u_sum = h_sum + (1.0 - y[i]) * h, u_sum + (1.0 - y[i]) * u
+    return _sum_of_groups(h_sum, ADJACENT), _sum_of_groups(u_sum, ADJACENT)
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def sum_pairs(a, b):
+    """The sums of two tensors over a row; the threads of a program meet once for both."""
+    return tl.reduce((a, b), len(a.shape) - 1, _add_pairs)
 
 
 @triton.jit
 def gradient_of(z, wy, numbers, coef_e, coef_u, scale, softcap, HAS_Y: tl.constexpr, PTX: tl.constexpr):
     """coef_e e + coef_u u - scale w y."""
     e, t, mu = _coin(z, numbers, PTX)
-    gradient = coef_e * e + coef_u * _u(t, mu)
+    v = t * mu
+    gradient = coef_e * e + coef_u * (v - v * mu)
     if HAS_Y:
         gradient -= scale * wy
     if softcap is not None:

@@ -1,0 +1,260 @@
+"""Compile the kernels for a GPU that is not there, through the launcher, and read what came out.
+
+What is counted is what a thread executes, not what is printed: of two branches the heavier one, and the body of a loop
+as often as it runs.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# A100, H100 SXM, B200, MI300X.
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
+
+class _Driver:
+    """As much of a driver as compiling takes."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.utils = name, self
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"multiprocessor_count": MULTIPROCESSORS[self.name]}
+
+
+class Launch(NamedTuple):
+    """What would have been launched."""
+
+    name: str
+    grid: tuple[int, ...]
+    keywords: dict[str, object]
+    compiled: triton.compiler.CompiledKernel
+
+
+def compile_only(target: str) -> list[Launch]:
+    """From here on a launch compiles for the target, and is appended to the list."""
+    triton.runtime.driver.set_active(_Driver(target))
+    launches = []
+    run = triton.runtime.JITFunction.run
+
+    def compile_and_record(self, *arguments, warmup, grid, **keywords):
+        compiled = run(self, *arguments, warmup=True, grid=grid, **keywords)
+        launches.append(Launch(self.fn.__name__, grid, keywords, compiled))
+
+    triton.runtime.JITFunction.run = compile_and_record
+    return launches
+
+
+class OnGpu:
+    """A tensor that says it is on a GPU."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.dtype = tensor, tensor.dtype
+
+    def data_ptr(self) -> int:
+        return self.tensor.data_ptr()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The code
+
+
+class Instruction(NamedTuple):
+    """One line."""
+
+    text: str  # without a predicate
+    target: str | None  # the label it may go to
+    falls_through: bool  # the next line may follow
+
+
+def _sass(text: str) -> Iterator[Instruction | str]:
+    """The instructions, and between them the labels."""
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            yield label[1]
+        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(@\S+ )?\s*(.*?)\s*;", line):
+            predicate, code = match.groups()
+            if code.startswith("NOP"):
+                continue
+            jump = re.match(r"BRA\b.*`\((\.L_\w+)\)", code)
+            leaves = code.startswith(("BRA", "EXIT", "RET"))
+            yield Instruction(code, jump[1] if jump else None, bool(predicate) or not leaves)
+
+
+def _gcn(text: str) -> Iterator[Instruction | str]:
+    for line in text.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            yield label[1]
+        elif match := re.match(r"\t([sv]_\w+|global_\w+|buffer_\w+|ds_\w+|flat_\w+|scratch_\w+)(.*?)(?:;.*)?$", line):
+            code = match[1] + match[2]
+            if match[1] == "s_nop":
+                continue
+            jump = re.match(r"s_c?branch\w*\s+(\.LBB\w+)", code)
+            yield Instruction(code, jump[1] if jump else None, match[1] not in ("s_branch", "s_endpgm"))
+        if line.startswith(".Lfunc_end"):
+            return
+
+
+class _Block:
+    """Instructions that are executed one after another."""
+
+    def __init__(self) -> None:
+        self.count, self.labels, self.target, self.falls_through = Counter(), [], None, True
+
+
+def _blocks(lines: Iterator[Instruction | str]) -> list[_Block]:
+    blocks = [_Block()]
+    for line in lines:
+        if isinstance(line, str):
+            blocks.append(_Block())
+            blocks[-1].labels.append(line)
+            continue
+        blocks[-1].count[line.text] += 1
+        if line.target or not line.falls_through:
+            blocks[-1].target, blocks[-1].falls_through = line.target, line.falls_through
+            blocks.append(_Block())
+    return blocks
+
+
+def _heaviest_path(blocks: list[_Block], first: int, last: int, trips: Callable[[int, int], float]) -> Counter:
+    """Of the paths from a block to behind another, with loops among them taken as often as they run."""
+    place = {label: i for i, block in enumerate(blocks) for label in block.labels}
+    # The loops that are not inside others: from the block that is jumped back to, to the one that jumps.
+    loops = {}
+    for i in range(first, last + 1):
+        head = place.get(blocks[i].target, len(blocks))
+        if first <= head <= i and (head, i) != (first, last):
+            loops[head] = max(i, loops.get(head, i))
+    for head, back in sorted(loops.items()):
+        if any(other < head and back <= end for other, end in loops.items()):
+            del loops[head]
+    best = {}
+    nothing = Counter()
+    inside = {i for head, back in loops.items() for i in range(head + 1, back + 1)}
+    for i in reversed(range(first, last + 1)):
+        if i in inside:
+            continue
+        end = loops.get(i, i)
+        count = blocks[i].count
+        if i in loops:
+            body = _heaviest_path(blocks, i, end, trips)
+            runs = trips(i, end)
+            count = Counter({text: n * runs for text, n in body.items()})
+        ways = []
+        for block in range(i, end + 1):
+            following = [place[blocks[block].target]] if blocks[block].target in place else []
+            following += [block + 1] if blocks[block].falls_through else []
+            ways += [best.get(j, nothing) for j in following if not i <= j <= end or (i == end and j != i)]
+        best[i] = count + max(ways, key=Counter.total, default=nothing)
+    return best[first]
+
+
+class Code:
+    """Of one compiled kernel."""
+
+    def __init__(self, compiled: triton.compiler.CompiledKernel) -> None:
+        self.compiled, self.is_cuda = compiled, "cubin" in compiled.asm
+
+    @cached_property
+    def _cubin(self) -> tuple[str, str]:
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(self.compiled.asm["cubin"])
+            usage = subprocess.run(
+                [tools / "cuobjdump", "-res-usage", path], check=True, text=True, capture_output=True
+            )
+            code = subprocess.run([tools / "nvdisasm", "-c", path], check=True, text=True, capture_output=True)
+        return usage.stdout + usage.stderr, code.stdout
+
+    @property
+    def text(self) -> str:
+        """As the disassembler, or AMD's compiler, prints it."""
+        return self._cubin[1] if self.is_cuda else self.compiled.asm["amdgcn"]
+
+    @property
+    def registers(self) -> int:
+        """Of a thread."""
+        return int(re.search(*(r"REG:(\d+)", self._cubin[0]) if self.is_cuda else (r"\.vgpr_count:\s*(\d+)", self.text))[1])
+
+    @property
+    def spill_bytes(self) -> int:
+        """Of a thread."""
+        if self.is_cuda:
+            return sum(int(re.search(rf"{kind}:(\d+)", self._cubin[0])[1]) for kind in ("STACK", "LOCAL"))
+        return 4 * sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", self.text))
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a thread block."""
+        return self.compiled.metadata.shared
+
+    def executed(self, trips: Callable[[int, int], float]) -> "Executed":
+        """What a thread executes at most; trips(size, depth) says how often a loop of so many instructions runs."""
+        blocks = _blocks(_sass(self.text) if self.is_cuda else _gcn(self.text))
+        sizes = [block.count.total() for block in blocks]
+
+        def runs(head: int, back: int) -> float:
+            return trips(sum(sizes[head : back + 1]) / sum(sizes))
+
+        return Executed(_heaviest_path(blocks, 0, len(blocks) - 1, runs))
+
+
+class Executed(NamedTuple):
+    """How often each instruction is."""
+
+    count: Counter
+
+    def total(self, pattern: str = "") -> float:
+        """Of the instructions that match."""
+        return sum(n for text, n in self.count.items() if re.match(pattern, text))
+
+    @property
+    def special(self) -> float:
+        """Exponentials, logarithms, reciprocals and roots."""
+        return self.total(r"MUFU|v_(exp|log|rcp|rsq|sqrt)_")
+
+    @property
+    def barriers(self) -> float:
+        """At which threads wait for others."""
+        return self.total(r"BAR|UCGABAR_WAIT|BARRIER|s_barrier")
+
+    @property
+    def vector_share(self) -> float:
+        """Of the bytes that are read and written, those that move sixteen at a time."""
+        moved = Counter()
+        for text, n in self.count.items():
+            if match := re.match(r"(?:LDG|STG|LDGSTS)\.\S*", text):
+                width = re.search(r"\.(64|128)\b", match[0])
+                moved[int(width[1]) // 8 if width else 4] += n
+            elif match := re.match(r"(?:global|buffer)_(?:load|store)_(\S+)", text):
+                width = re.search(r"x(\d)", match[1])
+                moved[4 * int(width[1]) if width else 4] += n
+        total = sum(width * n for width, n in moved.items())
+        return 16 * moved[16] / total if total else 0.0
