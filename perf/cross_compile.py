@@ -46,6 +46,9 @@ class _Driver:
         return {"multiprocessor_count": MULTIPROCESSORS[self.name]}
 
 
+_run = triton.runtime.JITFunction.run
+
+
 class Launch(NamedTuple):
     """What would have been launched."""
 
@@ -59,10 +62,9 @@ def compile_only(target: str) -> list[Launch]:
     """From here on a launch compiles for the target, and is appended to the list."""
     triton.runtime.driver.set_active(_Driver(target))
     launches = []
-    run = triton.runtime.JITFunction.run
 
     def compile_and_record(self, *arguments, warmup, grid, **keywords):
-        compiled = run(self, *arguments, warmup=True, grid=grid, **keywords)
+        compiled = _run(self, *arguments, warmup=True, grid=grid, **keywords)
         launches.append(Launch(self.fn.__name__, grid, keywords, compiled))
 
     triton.runtime.JITFunction.run = compile_and_record
@@ -142,7 +144,9 @@ def _blocks(lines: Iterator[Instruction | str]) -> list[_Block]:
     return blocks
 
 
-def _heaviest_path(blocks: list[_Block], first: int, last: int, trips: Callable[[int, int], float]) -> Counter:
+def _heaviest_path(
+    blocks: list[_Block], first: int, last: int, trips: Callable[[int], float], depth: int = 0
+) -> Counter:
     """Of the paths from a block to behind another, with loops among them taken as often as they run."""
     place = {label: i for i, block in enumerate(blocks) for label in block.labels}
     # The loops that are not inside others: from the block that is jumped back to, to the one that jumps.
@@ -163,8 +167,8 @@ def _heaviest_path(blocks: list[_Block], first: int, last: int, trips: Callable[
         end = loops.get(i, i)
         count = blocks[i].count
         if i in loops:
-            body = _heaviest_path(blocks, i, end, trips)
-            runs = trips(i, end)
+            body = _heaviest_path(blocks, i, end, trips, depth + 1)
+            runs = trips(depth)
             count = Counter({text: n * runs for text, n in body.items()})
         ways = []
         for block in range(i, end + 1):
@@ -201,7 +205,8 @@ class Code:
     @property
     def registers(self) -> int:
         """Of a thread."""
-        return int(re.search(*(r"REG:(\d+)", self._cubin[0]) if self.is_cuda else (r"\.vgpr_count:\s*(\d+)", self.text))[1])
+        pattern, text = (r"REG:(\d+)", self._cubin[0]) if self.is_cuda else (r"\.vgpr_count:\s*(\d+)", self.text)
+        return int(re.search(pattern, text)[1])
 
     @property
     def spill_bytes(self) -> int:
@@ -215,15 +220,10 @@ class Code:
         """Of a thread block."""
         return self.compiled.metadata.shared
 
-    def executed(self, trips: Callable[[int, int], float]) -> "Executed":
-        """What a thread executes at most; trips(size, depth) says how often a loop of so many instructions runs."""
+    def executed(self, trips: Callable[[int], float]) -> "Executed":
+        """What a thread executes at most; trips(depth) says how often a loop runs, of 0 if it is in no other."""
         blocks = _blocks(_sass(self.text) if self.is_cuda else _gcn(self.text))
-        sizes = [block.count.total() for block in blocks]
-
-        def runs(head: int, back: int) -> float:
-            return trips(sum(sizes[head : back + 1]) / sum(sizes))
-
-        return Executed(_heaviest_path(blocks, 0, len(blocks) - 1, runs))
+        return Executed(_heaviest_path(blocks, 0, len(blocks) - 1, trips))
 
 
 class Executed(NamedTuple):
@@ -243,18 +243,14 @@ class Executed(NamedTuple):
     @property
     def barriers(self) -> float:
         """At which threads wait for others."""
-        return self.total(r"BAR|UCGABAR_WAIT|BARRIER|s_barrier")
+        return self.total(r"BAR|s_barrier") + self.cluster_barriers
 
     @property
-    def vector_share(self) -> float:
-        """Of the bytes that are read and written, those that move sixteen at a time."""
-        moved = Counter()
-        for text, n in self.count.items():
-            if match := re.match(r"(?:LDG|STG|LDGSTS)\.\S*", text):
-                width = re.search(r"\.(64|128)\b", match[0])
-                moved[int(width[1]) // 8 if width else 4] += n
-            elif match := re.match(r"(?:global|buffer)_(?:load|store)_(\S+)", text):
-                width = re.search(r"x(\d)", match[1])
-                moved[4 * int(width[1]) if width else 4] += n
-        total = sum(width * n for width, n in moved.items())
-        return 16 * moved[16] / total if total else 0.0
+    def cluster_barriers(self) -> float:
+        """At which thread blocks wait for others."""
+        return self.total(r"UCGABAR_WAIT")
+
+    @property
+    def vector_bytes_loaded(self) -> float:
+        """Of a thread, sixteen at a time."""
+        return 16 * self.total(r"LDG\.\S*\b128|LDGSTS\.\S*\b128|(global|buffer)_load_(lds_)?dwordx4")

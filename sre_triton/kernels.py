@@ -226,9 +226,9 @@ def _sums_of_tiles(tiles, numbers, V: tl.constexpr):
     """In bits, of the groups: for probabilities of (1 - y) h and (1 - y) u, else of h and u of all classes alike."""
     z, y, _, _ = tiles
     if V.PROBABILITIES:
-        return weighted_sums_of_h_and_u(z, y, columns(numbers, z[0]), _adjacent(V), V.PTX)
+        return weighted_sums_of_h_and_u(z, y, columns(numbers, z[0]), _adjacent(V), V.CTAS, V.PTX)
     else:
-        return sums_of_h_and_u(z, columns(numbers, z[0]), _adjacent(V), V.PTX)
+        return sums_of_h_and_u(z, columns(numbers, z[0]), _adjacent(V), V.CTAS, V.PTX)
 
 
 @triton.jit
@@ -359,12 +359,12 @@ def _lse_of_tiles(tiles, edge, V: tl.constexpr):
     edge_z = None
     if V.WINDOW:
         edge_z = edge[0]
-    m = maximum_of(z, edge_z, ADJACENT)
+    m = maximum_of(z, edge_z, ADJACENT, V.CTAS)
     reference = reference_of(m, V.PTX)
-    exp_sum = sum_of_exps(z, edge_z, reference, ADJACENT)
+    exp_sum = sum_of_exps(z, edge_z, reference, ADJACENT, V.CTAS)
     if V.HAS_Y:
         finite = column(finite_maximum(m), z[0])
-        y_sum, yz_sum, omega = sums_of_y(z, wy, given, finite, ADJACENT)
+        y_sum, yz_sum, omega = sums_of_y(z, wy, given, finite, ADJACENT, V.CTAS)
         if V.WINDOW:
             _, _, edge_y, edge_yz, edge_omega = lse_of_edge(edge[0], edge[2], edge[3], True)
             edge_yz += edge_y * (finite_maximum(edge[0]) - finite)
@@ -405,7 +405,7 @@ def _walk_lse(inputs, opts, rows, counted, window, edge, V: tl.constexpr):
     lse = add_to_lse(lse, z, wy, given, V.HAS_Y, ADJACENT)
     m = largest_of_row(lse[0])
     reference = reference_of(m, V.PTX)
-    return lse_of_rows(lse, reference, m, V.HAS_Y), reference
+    return lse_of_rows(lse, reference, m, zeros(V), V.HAS_Y), reference
 
 
 @triton.jit
@@ -466,7 +466,7 @@ def _rows_of_row_loss(
     else:
         h_sum, u_sum = _walk_sums(inputs, opts, rows, counted, window, edge, numbers, V)
     h_sum, u_sum = sums_with_targets(inputs, opts, h_sum, u_sum, targets, numbers, V)
-    _store_rows(losses_ptr, inputs, rows, losses_of(opts, lse, h_sum, log_sum, counted), 0, V)
+    _store_rows(losses_ptr, inputs, rows, losses_of(opts, lse, h_sum, log_sum, counted, V), 0, V)
     if stats_ptr is not None:
         _store_rows(stats_ptr, inputs, rows, stats_of(lse, reference), 0, V)
         _store_rows(stats_ptr, inputs, rows, (h_sum, u_sum), 5, V)
@@ -537,11 +537,11 @@ def row_lse_kernel(inputs, opts, stats_ptr, V: tl.constexpr):
     rows, inside = _program_rows(inputs, V)
     target, counted = _counted(inputs, opts, rows, inside, V)
     if _any(counted, V):
-        counted = None if V.ROWS == 1 else counted
-        targets = _targets(inputs, opts, rows, target, counted, V)
+        masked = None if V.ROWS == 1 else counted
+        targets = _targets(inputs, opts, rows, target, masked, V)
         window = _window(inputs, rows, V)
         edge = _load_edge(inputs, opts, rows, window, V)
-        lse, reference = _walk_lse(inputs, opts, rows, counted, window, edge, V)
+        lse, reference = _walk_lse(inputs, opts, rows, masked, window, edge, V)
         stats = stats_of(lse_with_targets(inputs, opts, lse, targets, V), reference)
         _store_rows(stats_ptr, inputs, rows, stats, 0, V)
     else:
@@ -563,12 +563,12 @@ def row_sums_kernel(inputs, opts, stats_ptr, sums_ptr, V: tl.constexpr):
     rows, inside = _program_rows(inputs, V)
     target, counted = _counted(inputs, opts, rows, inside, V)
     if _any(counted, V):
-        counted = None if V.ROWS == 1 else counted
-        targets = _targets(inputs, opts, rows, target, counted, V)
-        _, numbers, _, _ = _numbers_from_stats(inputs, opts, stats_ptr, rows, inside, counted, V)
+        masked = None if V.ROWS == 1 else counted
+        targets = _targets(inputs, opts, rows, target, masked, V)
+        _, numbers, _, _ = _numbers_from_stats(inputs, opts, stats_ptr, rows, inside, masked, V)
         window = _window(inputs, rows, V)
         edge = _load_edge(inputs, opts, rows, window, V)
-        h_sum, u_sum = _walk_sums(inputs, opts, rows, counted, window, edge, numbers, V)
+        h_sum, u_sum = _walk_sums(inputs, opts, rows, masked, window, edge, numbers, V)
         _store_rows(sums_ptr, inputs, rows, sums_with_targets(inputs, opts, h_sum, u_sum, targets, numbers, V), 0, V)
     else:
         _store_rows(sums_ptr, inputs, rows, (zeros(V), zeros(V)), 0, V)
@@ -582,20 +582,20 @@ def row_gradient_kernel(
     rows, inside = _program_rows(inputs, V)
     target, counted = _counted(inputs, opts, rows, inside, V)
     if _any(counted, V):
-        counted = None if V.ROWS == 1 else counted
-        targets = _targets(inputs, opts, rows, target, counted, V)
-        m, numbers, exp_sum, log_sum = _numbers_from_stats(inputs, opts, stats_ptr, rows, inside, counted, V)
+        masked = None if V.ROWS == 1 else counted
+        targets = _targets(inputs, opts, rows, target, masked, V)
+        m, numbers, exp_sum, log_sum = _numbers_from_stats(inputs, opts, stats_ptr, rows, inside, masked, V)
         y_sum = _load_rows(stats_ptr, inputs, rows, 2, inside)
         lse = m, exp_sum, y_sum, y_sum, _load_rows(stats_ptr, inputs, rows, 4, inside)
         u_sum = _load_rows(stats_ptr, inputs, rows, 6, inside)
         coefficients = coefficients_of(
-            inputs, opts, scale_ptr, scale_stride, rows, counted, lse, exp_sum, log_sum, u_sum, V.PTX
+            inputs, opts, scale_ptr, scale_stride, rows, masked, lse, exp_sum, log_sum, u_sum, V.PTX
         )
         window = _window(inputs, rows, V)
         edge = _load_edge(inputs, opts, rows, window, V)
-        _walk_gradient(inputs, opts, gradient_ptr, gradient_stride, rows, counted, window, numbers, coefficients, V)
+        _walk_gradient(inputs, opts, gradient_ptr, gradient_stride, rows, masked, window, numbers, coefficients, V)
         _store_gradient_of_rest(
-            inputs, opts, gradient_ptr, gradient_stride, rows, counted, window, edge, targets, numbers, coefficients, V
+            inputs, opts, gradient_ptr, gradient_stride, rows, masked, window, edge, targets, numbers, coefficients, V
         )
     else:
         _store_no_gradient(inputs, gradient_ptr, gradient_stride, rows, counted, V)

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 
 from .kernels import row_gradient_kernel, row_loss_kernel, row_lse_kernel, row_sums_kernel, scale_gradient_kernel
 from .ops import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, new_numbers, primitive
-from .plan import plan
+from .plan import Device, plan
 from .rows import Inputs, Options, Variant
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -24,9 +24,27 @@ SCALING_TILE = 2048
 
 
 @functools.cache
-def _gpu(device: torch.device) -> GPUTarget:
+def _gpu(index: int | None) -> GPUTarget:
     """What Triton compiles for; the interpreter counts as a GPU of 32 lanes without instructions of its own."""
-    return GPUTarget("interpreter", 0, 32) if INTERPRETED else triton.runtime.driver.active.get_current_target()
+    return GPUTarget("interpreter", 90, 32) if INTERPRETED else triton.runtime.driver.active.get_current_target()
+
+
+@functools.cache
+def _device(index: int | None) -> Device:
+    """What of it decides how a kernel is launched. The interpreter takes all ways of a new GPU, if a very small one."""
+    gpu = _gpu(index)
+    nvidia = gpu.backend in ("cuda", "interpreter")
+    if INTERPRETED:
+        multiprocessors = 2
+    else:
+        driver = triton.runtime.driver.active
+        multiprocessors = driver.utils.get_device_properties(driver.get_current_device())["multiprocessor_count"]
+    return Device(
+        warp_size=gpu.warp_size,
+        multiprocessors=multiprocessors,
+        clusters=nvidia and gpu.arch >= 90 and TRITON_VERSION >= (3, 8),
+        async_copies=nvidia and gpu.arch >= 80,
+    )
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -79,24 +97,25 @@ def _launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, optio
         arguments["gradient_stride"] = 0 if gradient is None else gradient.stride(0) // align
 
     has_y = probabilities or opts.label_smoothing is not None
-    fused = kernel is row_loss_kernel
+    holds_rows = kernel is row_loss_kernel
     with _on(logits.device):
-        gpu = _gpu(logits.device)
+        gpu = _gpu(logits.device.index)
         how = plan(
+            num_rows,
             num_classes,
-            fused=fused,
+            logits.element_size(),
+            holds_rows=holds_rows,
             plain=not has_y and opts.softcap is None,
-            warp_size=gpu.warp_size,
-            clusters=gpu.backend == "cuda" and gpu.arch >= 90 and TRITON_VERSION >= (3, 8),
+            device=_device(logits.device.index),
         )
         window = align < vector and how.rows == 1 and (gradient is None or gradient.stride(0) == logits.stride(0))
         shortest = num_classes - 2 * (vector - 1) if window else num_classes
-        if fused:
-            arguments["num_programs"] = 0
+        if holds_rows:
+            arguments["num_programs"] = how.programs
         if gpu.backend == "cuda":
             # Left to itself, ptxas spills to stay below 64 where 128 are free.
-            arguments["maxnreg"] = min(globals().get("MAXREG",128) if how.rows == 1 else 255, 65536 // (how.num_warps * gpu.warp_size))
-        kernel[(triton.cdiv(num_rows, how.rows),)](
+            arguments["maxnreg"] = how.registers
+        kernel[(how.programs,)](
             inputs=Inputs(
                 logits_ptr=logits,
                 logits_stride=logits.stride(0) // align,
@@ -119,6 +138,7 @@ def _launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, optio
                 ALIGN=align,
                 VECTOR=vector,
                 WINDOW=window,
+                CTAS=how.num_ctas,
                 PTX=gpu.backend == "cuda",
             ),
             num_warps=how.num_warps,

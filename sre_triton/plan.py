@@ -1,57 +1,110 @@
-"""Which way a kernel takes for a matrix of logits: one table, decided by arithmetic, the same in every process.
+"""Which way a kernel takes: one table, arithmetic on K and the device, the same in every process; nothing is timed.
 
-A thread has eight classes of a tile. What a row needs beyond its tiles is computed by every thread, so that the more
-tiles a thread has, the less that costs; four are what 128 registers hold (their exponentials and u, 64 numbers).
+    classes          path      what decides
+    up to 128        resident  several rows share a program, until it has enough for a warp
+    up to 4096       resident  four programs and more share a multiprocessor: one loads while others compute
+    up to 16384      resident  two programs or one: they go from row to row, and the next row is on its way to shared
+                               memory while this one is computed (compute capability 8.0 and newer)
+    up to 65536      cluster   thread blocks of 128 threads, four to a multiprocessor: while one cluster waits at a
+                               barrier, which it does seven times a row, others compute
+    up to 131072     cluster   sixteen blocks, the most there may be, of 256 threads, two to a multiprocessor
+    up to 262144     cluster   sixteen of 512 threads, one to a multiprocessor, which go from row to row
+    what is left     loop      three reads, two of them of the L2 cache: the longer a row, the more threads it has, so
+                               that the rows which are under way fit there
+
+Clusters need compute capability 9.0 and Triton 3.8; without them rows of more than 16384 classes take the loop. Where
+there are fewer rows than multiprocessors, a cluster has as many smaller blocks as fill the GPU. (Without clusters such
+a batch leaves it idle: splitting rows over programs that cannot wait for each other takes three launches, and its
+traffic is what it is.) Half as many classes fit, and no row is on its way, where a class has more than its logit: a
+target probability, a weight, a softcap. Kernels that do not hold rows, for the parts of the loss, take the loop.
 """
 
-import math
 from typing import NamedTuple
 
+# A vector of sixteen bytes, or two.
 CLASSES_PER_THREAD = 8
+# What a row needs beyond its tiles is computed by every thread: the more tiles it has, the less that costs. Four are
+# what 128 registers hold (their exponentials and u are 64 numbers).
 TILES = 4
-# Where a class has more than its logit (a target probability, a weight, a softcap), half as many tiles fit.
 TILES_WITH_MORE = 2
-# Threads of a thread block that holds a row or its part: 512 x 128 registers are all that a multiprocessor has.
+# 512 threads of 128 registers are all that a multiprocessor has.
 RESIDENT_THREADS = 512
+RESIDENT_REGISTERS = 128
+CLUSTER_THREADS = 128
+LARGEST_CLUSTER = 16
+# Clusters of sixteen must lie in one of the parts of a GPU, of up to eighteen multiprocessors.
+MULTIPROCESSORS_PER_CLUSTER = 18
 # Rows of few classes share a program until it has so many; with more, the numbers of the rows spill.
 SMALLEST_TILE = 256
-# A loop takes steps of two tiles, which 64 registers hold: two programs share a multiprocessor.
+# A step of a loop: two tiles are what 64 registers hold, with which a thousand threads share a multiprocessor.
 LOOP_TILES = 2
-LOOP_THREADS = 512
-# Clusters of more thread blocks than 16 there are not.
-LARGEST_CLUSTER = 16
+LOOP_REGISTERS = 64
+# So many bytes of a row for each thread of a loop: times 1024 threads times 132 multiprocessors, 35 MB of an L2 cache
+# of 50.
+LOOP_BYTES_PER_THREAD = 256
+LARGEST_LOOP = 1024
+
+
+class Device(NamedTuple):
+    """What of a GPU and its compiler decides."""
+
+    warp_size: int
+    multiprocessors: int
+    clusters: bool
+    async_copies: bool
 
 
 class Plan(NamedTuple):
     """How a kernel is launched."""
 
-    path: str  # "resident": a program holds its rows; "cluster": some thread blocks hold one; "loop"
+    path: str  # "resident": a program holds its rows; "cluster": thread blocks hold a row together; "loop"
     rows: int  # rows of a program at a time
     block_k: int  # classes of a tile
-    tiles: int  # tiles of a row, or of one step of a loop
-    num_warps: int
-    num_ctas: int
-    stages: int
+    tiles: int  # tiles of a row, or of a step of a loop
+    num_warps: int  # of a thread block
+    num_ctas: int  # thread blocks of a cluster
+    stages: int  # rows under way in a program that goes from row to row, else 0
+    programs: int
+    registers: int  # of a thread, at most
 
 
 def _power_of_2(n: int) -> int:
     """The next power of 2."""
-    return 1 << max(0, n - 1).bit_length()
+    return 1 << (n - 1).bit_length()
 
 
-def plan(num_classes: int, *, fused: bool, plain: bool, warp_size: int, clusters: bool) -> Plan:
-    import os; clusters = clusters and not os.environ.get("NOCL")
+def plan(
+    num_rows: int, num_classes: int, element_size: int, *, holds_rows: bool, plain: bool, device: Device
+) -> Plan:
     """The table."""
-    tiles = TILES if plain else TILES_WITH_MORE
+    warp, tiles = device.warp_size, TILES if plain else TILES_WITH_MORE
     width = max(16, _power_of_2(num_classes))
     rows = max(1, SMALLEST_TILE // width)
     if rows > 1:
-        return Plan("resident" if fused else "loop", rows, width, 1, 1, 1, 0)
-    threads = max(warp_size, width // (tiles * CLASSES_PER_THREAD))
-    num_ctas = -(-threads // RESIDENT_THREADS)
-    if fused and (num_ctas == 1 or (clusters and num_ctas <= LARGEST_CLUSTER)):
+        path = "resident" if holds_rows else "loop"
+        return Plan(path, rows, width, 1, 1, 1, 0, -(-num_rows // rows), 255)
+
+    threads = max(warp, width // (tiles * CLASSES_PER_THREAD))
+    if holds_rows and threads <= RESIDENT_THREADS:
         block_k = threads * CLASSES_PER_THREAD
-        path = "resident" if num_ctas == 1 else "cluster"
-        return Plan(path, 1, block_k, math.ceil(num_classes / block_k), threads // num_ctas // warp_size, num_ctas, 0)
-    threads = min(LOOP_THREADS, max(warp_size, width // (LOOP_TILES * CLASSES_PER_THREAD)))
-    return Plan("loop", 1, threads * CLASSES_PER_THREAD, LOOP_TILES, threads // warp_size, 1, 0)
+        per_multiprocessor = 65536 // (threads * RESIDENT_REGISTERS)
+        stages = 2 if plain and device.async_copies and per_multiprocessor <= 2 else 0
+        programs = min(num_rows, device.multiprocessors * per_multiprocessor) if stages else num_rows
+        num_tiles = -(-num_classes // block_k)
+        return Plan("resident", 1, block_k, num_tiles, threads // warp, 1, stages, programs, RESIDENT_REGISTERS)
+
+    if holds_rows and device.clusters and threads <= RESIDENT_THREADS * LARGEST_CLUSTER:
+        block_k = threads * CLASSES_PER_THREAD
+        num_ctas = min(LARGEST_CLUSTER, threads // CLUSTER_THREADS)
+        while num_ctas < LARGEST_CLUSTER and 2 * num_ctas * num_rows <= device.multiprocessors:
+            num_ctas *= 2  # few rows: as many blocks as there are multiprocessors
+        stages = 2 if plain and threads // num_ctas == RESIDENT_THREADS else 0
+        programs = min(num_rows, device.multiprocessors // MULTIPROCESSORS_PER_CLUSTER) if stages else num_rows
+        num_tiles, num_warps = -(-num_classes // block_k), threads // num_ctas // warp
+        return Plan("cluster", 1, block_k, num_tiles, num_warps, num_ctas, stages, programs, RESIDENT_REGISTERS)
+
+    threads = _power_of_2(-(-num_classes * element_size // LOOP_BYTES_PER_THREAD))
+    threads = min(max(threads, warp), LARGEST_LOOP)
+    tiles = min(LOOP_TILES, max(1, width // (threads * CLASSES_PER_THREAD)))
+    registers = LOOP_REGISTERS if plain else 65536 // max(threads, 512)
+    return Plan("loop", 1, threads * CLASSES_PER_THREAD, tiles, threads // warp, 1, 0, num_rows, registers)

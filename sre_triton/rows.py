@@ -59,6 +59,7 @@ class Variant(NamedTuple):
     ALIGN: int  # K and the strides are multiples of it
     VECTOR: int  # classes in 16 bytes
     WINDOW: bool  # tiles begin at multiples of VECTOR, and what of a row lies before and after is a tile of its own
+    CTAS: int  # thread blocks that share the classes of a tile
     PTX: bool  # NVIDIA's instructions are there
 
 
@@ -172,12 +173,12 @@ def _reg_weight(opts):
 
 
 @triton.jit
-def losses_of(opts, lse, h_sum, log_sum, counted):
+def losses_of(opts, lse, h_sum, log_sum, counted, V: tl.constexpr):
     """The loss, H, S and α lse²."""
     m, _, y_sum, yz_sum, omega = lse
     cross_entropy = if_counted(counted, y_sum * log_sum - yz_sum, 0.0)
     regularizer = if_counted(counted, omega * h_sum, 0.0)
-    z_penalty = m * 0.0
+    z_penalty = zeros(V)
     if opts.z_loss is not None:
         z_penalty = if_counted(counted, opts.z_loss * omega * (m + log_sum) * (m + log_sum), 0.0)
     return cross_entropy - _reg_weight(opts) * regularizer + z_penalty, cross_entropy, regularizer, z_penalty

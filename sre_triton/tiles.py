@@ -137,32 +137,35 @@ def column(numbers, tile):
 
 
 @triton.jit
-def _halves(x, LEVEL: tl.constexpr, ADJACENT: tl.constexpr):
+def _halves(x, LEVEL: tl.constexpr, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
     """Two tensors of half the width, whose elements at the same place a thread has both."""
     if len(x.shape) == 2:
         if LEVEL < ADJACENT:
             return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
         else:
             return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+    elif LEVEL < ADJACENT:
+        return tl.split(tl.reshape(x, (x.shape[0] // 2, 2)))
+    elif CTAS == 1:
+        return tl.split(tl.permute(tl.reshape(x, (2, x.shape[0] // 2)), (1, 0)))
     else:
-        if LEVEL < ADJACENT:
-            return tl.split(tl.reshape(x, (x.shape[0] // 2, 2)))
-        else:
-            return tl.split(tl.permute(tl.reshape(x, (2, x.shape[0] // 2)), (1, 0)))
+        # Each thread block has its part of the tile.
+        a, b = tl.split(tl.permute(tl.reshape(x, (CTAS, 2, x.shape[0] // (2 * CTAS))), (0, 2, 1)))
+        return tl.reshape(a, (x.shape[0] // 2,)), tl.reshape(b, (x.shape[0] // 2,))
 
 
 @triton.jit
-def _sum_of_groups(x, ADJACENT: tl.constexpr):
+def _sum_of_groups(x, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
     for level in tl.static_range(LOG2_GROUP):
-        a, b = _halves(x, level, ADJACENT)
+        a, b = _halves(x, level, ADJACENT, CTAS)
         x = a + b
     return x
 
 
 @triton.jit
-def _maximum_of_groups(x, ADJACENT: tl.constexpr):
+def _maximum_of_groups(x, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
     for level in tl.static_range(LOG2_GROUP):
-        a, b = _halves(x, level, ADJACENT)
+        a, b = _halves(x, level, ADJACENT, CTAS)
         x = tl.maximum(a, b)
     return x
 
@@ -226,26 +229,26 @@ def _exp(z, factor, product):
 
 
 @triton.jit
-def maximum_of(tiles, edge, ADJACENT: tl.constexpr):
+def maximum_of(tiles, edge, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
     """The maximum of rows that are held as tiles."""
     m = tiles[0]
     for i in tl.static_range(1, len(tiles)):
         m = tl.maximum(m, tiles[i])
-    m = _maximum_of_groups(m, ADJACENT)
+    m = _maximum_of_groups(m, ADJACENT, CTAS)
     if edge is not None:
         m = tl.maximum(m, edge)
     return largest_of_row(m)
 
 
 @triton.jit
-def sum_of_exps(tiles, edge, reference, ADJACENT: tl.constexpr):
+def sum_of_exps(tiles, edge, reference, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
     """Of rows that are held as tiles."""
     factor, product = column(reference[0], tiles[0]), column(reference[1], tiles[0])
     _, exp_sum = _exp(tiles[0], factor, product)
     for i in tl.static_range(1, len(tiles)):
         _, e = _exp(tiles[i], factor, product)
         exp_sum += e
-    exp_sum = _sum_of_groups(exp_sum, ADJACENT)
+    exp_sum = _sum_of_groups(exp_sum, ADJACENT, CTAS)
     if edge is not None:
         _, e = _exp(edge, factor, product)
         exp_sum += e
@@ -258,14 +261,15 @@ def _yz(z, wy, m):
 
 
 @triton.jit
-def sums_of_y(z, wy, given, m, ADJACENT: tl.constexpr):
+def sums_of_y(z, wy, given, m, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
     """Σ w y, Σ w y (z - m), and Σ w y before smoothing, of the groups; m is a number or a tile."""
     y_sum, yz_sum, omega = wy[0], _yz(z[0], wy[0], m), given[0]
     for i in tl.static_range(1, len(z)):
         y_sum += wy[i]
         yz_sum += _yz(z[i], wy[i], m)
         omega += given[i]
-    return _sum_of_groups(y_sum, ADJACENT), _sum_of_groups(yz_sum, ADJACENT), _sum_of_groups(omega, ADJACENT)
+    y_sum, yz_sum = _sum_of_groups(y_sum, ADJACENT, CTAS), _sum_of_groups(yz_sum, ADJACENT, CTAS)
+    return y_sum, yz_sum, _sum_of_groups(omega, ADJACENT, CTAS)
 
 
 @triton.jit
@@ -285,15 +289,15 @@ def add_to_lse(lse, z, wy, given, HAS_Y: tl.constexpr, ADJACENT: tl.constexpr):
     largest = z[0]
     for i in tl.static_range(1, len(z)):
         largest = tl.maximum(largest, z[i])
-    m = tl.maximum(m_old, _maximum_of_groups(largest, ADJACENT))
+    m = tl.maximum(m_old, _maximum_of_groups(largest, ADJACENT, 1))
     finite = finite_maximum(m)
     m_tile = _to_groups(finite, ADJACENT)
     e = _exp2((z[0] - m_tile) * LOG2_E)
     for i in tl.static_range(1, len(z)):
         e += _exp2((z[i] - m_tile) * LOG2_E)
-    exp_sum = exp_sum * _exp2((m_old - finite) * LOG2_E) + _sum_of_groups(e, ADJACENT)
+    exp_sum = exp_sum * _exp2((m_old - finite) * LOG2_E) + _sum_of_groups(e, ADJACENT, 1)
     if HAS_Y:
-        more_y, more_yz, more_omega = sums_of_y(z, wy, given, m_tile, ADJACENT)
+        more_y, more_yz, more_omega = sums_of_y(z, wy, given, m_tile, ADJACENT, 1)
         yz_sum += y_sum * (finite_maximum(m_old) - finite) + more_yz
         y_sum += more_y
         omega += more_omega
@@ -301,7 +305,7 @@ def add_to_lse(lse, z, wy, given, HAS_Y: tl.constexpr, ADJACENT: tl.constexpr):
 
 
 @triton.jit
-def lse_of_rows(lse, reference, m, HAS_Y: tl.constexpr):
+def lse_of_rows(lse, reference, m, zero, HAS_Y: tl.constexpr):
     """The same of rows, from their groups; s relative to the reference."""
     m_group, exp_sum, y_sum, yz_sum, omega = lse
     factor, product = column(reference[0], m_group), column(reference[1], m_group)
@@ -310,7 +314,6 @@ def lse_of_rows(lse, reference, m, HAS_Y: tl.constexpr):
         yz_sum += y_sum * (finite_maximum(m_group) - column(finite_maximum(m), m_group))
         return m, exp_sum, sum_of_row(y_sum), sum_of_row(yz_sum), sum_of_row(omega)
     else:
-        zero = m * 0.0
         return m, exp_sum, zero, zero, zero
 
 
@@ -335,7 +338,7 @@ def coin_h_and_u(z, numbers, PTX: tl.constexpr):
 
 
 @triton.jit
-def sums_of_h_and_u(tiles, numbers, ADJACENT: tl.constexpr, PTX: tl.constexpr):
+def sums_of_h_and_u(tiles, numbers, ADJACENT: tl.constexpr, CTAS: tl.constexpr, PTX: tl.constexpr):
     """Of the groups of some tiles, with one logarithm for all classes of a group.
 
     P = Π (1 - μ) and M = 1 - P are kept apart, as P knows nothing of small M. Four classes go into M at a time: with
@@ -351,27 +354,27 @@ def sums_of_h_and_u(tiles, numbers, ADJACENT: tl.constexpr, PTX: tl.constexpr):
         else:
             v_sum, u_sum = v_sum + tl.abs(v), u_sum + u
         for level in tl.static_range(LOG2_GROUP - 1):
-            a, b = _halves(mu, level, ADJACENT)
+            a, b = _halves(mu, level, ADJACENT, CTAS)
             mu = a + (b - a * b)
         if i == 0:
             M, P = mu, 1.0 - mu
         else:
             M, P = M + (mu - M * mu), P - P * mu
-    a, b = _halves(M, LOG2_GROUP - 1, ADJACENT)
-    P_a, P_b = _halves(P, LOG2_GROUP - 1, ADJACENT)
+    a, b = _halves(M, LOG2_GROUP - 1, ADJACENT, CTAS)
+    P_a, P_b = _halves(P, LOG2_GROUP - 1, ADJACENT, CTAS)
     logarithms = _minus_log2(P_a * P_b, a + (b - a * b), PTX)
-    return _sum_of_groups(v_sum, ADJACENT) + logarithms, _sum_of_groups(u_sum, ADJACENT)
+    return _sum_of_groups(v_sum, ADJACENT, CTAS) + logarithms, _sum_of_groups(u_sum, ADJACENT, CTAS)
 
 
 @triton.jit
-def weighted_sums_of_h_and_u(z, y, numbers, ADJACENT: tl.constexpr, PTX: tl.constexpr):
+def weighted_sums_of_h_and_u(z, y, numbers, ADJACENT: tl.constexpr, CTAS: tl.constexpr, PTX: tl.constexpr):
     """Of (1 - y) h and (1 - y) u, with a logarithm for every class."""
     h, u = coin_h_and_u(z[0], numbers, PTX)
     h_sum, u_sum = (1.0 - y[0]) * h, (1.0 - y[0]) * u
     for i in tl.static_range(1, len(z)):
         h, u = coin_h_and_u(z[i], numbers, PTX)
         h_sum, u_sum = h_sum + (1.0 - y[i]) * h, u_sum + (1.0 - y[i]) * u
-    return _sum_of_groups(h_sum, ADJACENT), _sum_of_groups(u_sum, ADJACENT)
+    return _sum_of_groups(h_sum, ADJACENT, CTAS), _sum_of_groups(u_sum, ADJACENT, CTAS)
 
 
 @triton.jit
@@ -382,7 +385,10 @@ def _add_pairs(a, b, c, d):
 @triton.jit
 def sum_pairs(a, b):
     """The sums of two tensors over a row; the threads of a program meet once for both."""
-    return tl.reduce((a, b), len(a.shape) - 1, _add_pairs)
+    if INTERPRETED:  # which would add one number after the other, and lose digits that a GPU does not
+        return sum_of_row(a), sum_of_row(b)
+    else:
+        return tl.reduce((a, b), len(a.shape) - 1, _add_pairs)
 
 
 @triton.jit

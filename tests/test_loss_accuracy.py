@@ -252,7 +252,7 @@ def test_shifting_the_logits_changes_nothing(quick_backend):
     loss, _, gradient = loss_and_gradient(logits, target, backend=quick_backend)
     shifted_loss, _, shifted_gradient = loss_and_gradient(logits + 512, target, backend=quick_backend)
     torch.testing.assert_close(shifted_loss, loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(shifted_gradient, gradient, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(shifted_gradient, gradient, rtol=1e-4, atol=1e-8)
 
 
 def test_permuting_classes_permutes_the_gradient(quick_backend):

@@ -1,0 +1,277 @@
+"""What the kernels cost, counted in their code; no GPU is needed.
+
+    python perf/kernel_budget.py > sm_90.csv                  every kernel as it would be launched, a line each
+    python perf/kernel_budget.py --target gfx942              or sm_80, sm_100
+    python perf/kernel_budget.py --options                    the options' prices: a table of its own
+    python perf/kernel_budget.py --plot budget.png            and drawn
+
+Instructions and special functions (exponentials, logarithms, reciprocals) are those that a thread executes, for each
+lane: each class of its tiles, whether there is such a class or not. What a row needs once is in it, the start of a
+program that goes from row to row divided by its rows. ``lanes_per_logit`` says how many lanes there are for a class,
+``vector_loads`` which share of the bytes of tiles is read sixteen at a time.
+
+THE LAST COLUMN IS A PREDICTION, of the share of an H100's copy bandwidth that a step would reach; nothing here was
+measured on one. For each multiprocessor it takes the slowest of
+
+    memory    the bytes of a row, read and written once, at 1/132 of 3.0 TB/s
+    L2        all it moves, at 1/132 of 5.5 TB/s; a loop's second and third reads are of the L2 cache while the rows
+              under way fill no more than 35 MB of it, else they are of memory
+    issue     its instructions, four a cycle at 1.755 GHz
+    special   its special functions, sixteen lanes a cycle
+    latency   the time from the first load of a row to its last store, divided by the thread blocks that are at it at
+              the same time: 0.8 us for memory (three times in a loop), the row at 64 bytes a cycle, then its
+              instructions, 0.05 us for each barrier and 0.3 us for each that a cluster waits at, a guess. Where the next row is on
+              its way meanwhile, its loads and the arithmetic of this one overlap: the longer of the two counts.
+
+So loads and arithmetic overlap perfectly wherever two rows are under way. They never quite do.
+"""
+
+import argparse
+import csv
+import math
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+from cross_compile import MULTIPROCESSORS, TARGETS, Code, compile_only
+from tqdm import tqdm
+
+from sre_triton import launch
+
+CLASSES = (10, 100, 1000, 1024, 4096, 8192, 16384, 21841, 32768, 50257, 65536, 128256, 262144)
+DTYPES = ("bfloat16", "float32")
+KERNELS = ("row_loss_and_gradient", "row_loss", "row_lse", "row_sums", "row_gradient", "scale_gradient")
+COLUMNS = (
+    "kernel", "path", "dtype", "K", "rows_per_program", "block_k", "num_warps", "num_ctas", "target", "triton",
+    "registers", "spill_bytes", "ctas_per_sm", "lanes_per_logit", "instructions_per_lane", "special_per_lane",
+    "barriers_per_row", "vector_loads", "bound", "predicted_fraction_of_copy",
+)  # fmt: skip
+ELEMENTS = 2**28
+
+# The options' prices, where K is not odd and where it is, in registers, in a cluster, and in a loop.
+OPTIONS = {
+    "default": {},
+    "z_loss": {"z_loss": 1e-4},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "softcap": {"softcap": 30.0},
+    "weight": {"weight": True},
+    "weight + label_smoothing": {"weight": True, "label_smoothing": 0.1},
+    "probabilities": {"probabilities": True},
+    "probabilities + label_smoothing": {"probabilities": True, "label_smoothing": 0.1},
+}
+OPTION_CLASSES = (1000, 8192, 50257, 65536, 300000)
+
+# What a multiprocessor has: warps, thread blocks, bytes of shared memory.
+LIMITS = {"sm_80": (64, 32, 164 << 10), "sm_90": (64, 32, 228 << 10), "sm_100": (64, 32, 228 << 10)}
+
+# The H100 of the prediction.
+H100, CLOCK, COPY, L2, L2_SIZE = "sm_90", 1.755e9, 3.0e12, 5.5e12, 35e6
+MEMORY_LATENCY, BARRIER, CLUSTER_BARRIER = 0.8e-6, 0.05e-6, 0.3e-6
+
+
+def ctas_per_multiprocessor(target: str, code: Code, num_warps: int) -> int:
+    """As many thread blocks as its registers, its shared memory and its warps suffice for."""
+    if target == "gfx942":  # 512 registers for each of 4 SIMDs, 8 waves each; 64 KiB
+        waves = 4 * min(8, 512 // (-(-code.registers // 8) * 8))
+        return max(1, min(waves // num_warps, (64 << 10) // max(1, code.shared_bytes)))
+    warps, blocks, shared = LIMITS[target]
+    registers = -(-code.registers // 8) * 8 * 32
+    return min(warps // num_warps, blocks, 65536 // (registers * num_warps), shared // (code.shared_bytes + 1024))
+
+
+def call(kernel: str, num_classes: int, dtype: torch.dtype, options: dict[str, object]) -> None:
+    """Launch a kernel on tensors that nobody looks into."""
+    num_rows = ELEMENTS // num_classes
+    options = {"label_smoothing": 0.0, "z_loss": 0.0, "softcap": 0.0} | options
+    weight = torch.empty(num_classes) if options.pop("weight", False) else None
+    logits, target = torch.empty(num_rows, num_classes, dtype=dtype), torch.empty(num_rows, dtype=torch.long)
+    if options.pop("probabilities", False):
+        target = torch.empty(num_rows, num_classes, dtype=dtype)
+    scalars = torch.tensor(1e-7, dtype=torch.float64), torch.tensor(1.0), -100, *options.values()
+    stats, scale = torch.empty(7, num_rows), torch.ones(()).expand(num_rows)
+    given = {
+        "row_loss_and_gradient": (target, weight, scale, *scalars),
+        "row_loss": (target, weight, *scalars),
+        "row_lse": (target, weight, *scalars),
+        "row_sums": (target, stats[:5], *scalars),
+        "row_gradient": (target, weight, stats, scale, *scalars),
+        "scale_gradient": (torch.ones(()),),
+    }[kernel]
+    getattr(launch, {"scale_gradient": "scale_gradient_"}.get(kernel, kernel))(logits, *given)
+
+
+def line(target: str, kernel: str, dtype: str, num_classes: int, options: str = "default") -> dict[str, object]:
+    """The row of the table."""
+    launches = compile_only(target)
+    call(kernel, num_classes, getattr(torch, dtype), dict(OPTIONS[options]))
+    made = launches[-1]
+    code, metadata, V = Code(made.compiled), made.compiled.metadata, made.keywords.get("V")
+    size = getattr(torch, dtype).itemsize
+    if V is None:  # rows of a stored gradient, and as many tiles as a row has
+        rows, block_k, path, stages = made.keywords["ROWS"], made.keywords["BLOCK_K"], "other", 1
+        steps, tiles = -(-num_classes // block_k), 1
+    else:
+        rows, block_k, stages, tiles = V.ROWS, V.BLOCK_K, V.STAGES, V.TILES
+        resident = V.RESIDENT
+        steps = 1 if resident else -(-num_classes // (block_k * tiles))
+        path = "other"
+        if kernel in ("row_loss", "row_loss_and_gradient"):
+            path = "loop" if not resident else "resident" if metadata.num_ctas == 1 else "cluster"
+    num_rows = ELEMENTS // num_classes
+    turns = -(-num_rows // (rows * made.grid[0])) if stages else 1
+
+    def trips(depth: int) -> float:
+        """How often a loop runs: those over rows are the outermost, and the last step of a walk is not in its loop."""
+        if stages and depth == 0:
+            return turns
+        return steps if V is None else max(steps - 1, 0)
+
+    executed = code.executed(trips)
+    warp_size = metadata.target.warp_size
+    threads = metadata.num_warps * metadata.num_ctas * warp_size
+    lanes = rows * block_k * tiles * steps / threads * turns  # of a thread
+    per_lane, special = executed.total() / lanes, executed.special / lanes
+    lanes_per_logit = block_k * tiles * steps / num_classes
+    barriers = executed.barriers / turns / rows
+    ctas = ctas_per_multiprocessor(target, code, metadata.num_warps)
+    row = {
+        "kernel": kernel,
+        "path": path,
+        "dtype": dtype,
+        "K": num_classes,
+        "rows_per_program": rows,
+        "block_k": block_k,
+        "num_warps": metadata.num_warps,
+        "num_ctas": metadata.num_ctas,
+        "target": target,
+        "triton": triton.__version__,
+        "registers": code.registers,
+        "spill_bytes": code.spill_bytes,
+        "ctas_per_sm": ctas,
+        "lanes_per_logit": f"{lanes_per_logit:.3f}",
+        "instructions_per_lane": f"{per_lane:.2f}",
+        "special_per_lane": f"{special:.2f}",
+        "barriers_per_row": f"{barriers:.1f}",
+        "vector_loads": f"{min(1.0, executed.vector_bytes_loaded / (size * lanes * (3 if path == 'loop' else 1))):.2f}",
+        "bound": "",
+        "predicted_fraction_of_copy": "",
+    }
+    if target == H100 and options == "default":
+        writes = kernel in ("row_loss_and_gradient", "row_gradient", "scale_gradient")
+        reads = {"loop": 3 if writes else 2}.get(path, 1)
+        if kernel == "scale_gradient":
+            turns, steps = 1, 1
+        row |= prediction(
+            row_bytes=rows * num_classes * size / metadata.num_ctas,
+            reads=reads,
+            writes=writes,
+            instructions=per_lane * rows * block_k * tiles * steps / metadata.num_ctas / 32,
+            special=special * rows * block_k * tiles * steps / metadata.num_ctas / 32,
+            barriers=barriers * rows,
+            cluster_barriers=executed.cluster_barriers / turns,
+            prefetched=bool(V) and stages > 0,
+            ctas=ctas,
+        )
+    return row
+
+
+def prediction(
+    *, row_bytes, reads, writes, instructions, special, barriers, cluster_barriers, prefetched, ctas
+) -> dict[str, object]:
+    """Which of the bounds is the slowest for the rows of a thread block, and the copy's share of it."""
+    share = MULTIPROCESSORS[H100]
+    in_l2 = ctas * row_bytes * share <= L2_SIZE
+    from_memory = 1 if in_l2 else reads
+    load = MEMORY_LATENCY * reads + reads * row_bytes / (64 * CLOCK)
+    waits = barriers * BARRIER + cluster_barriers * (CLUSTER_BARRIER - BARRIER)
+    arithmetic = max(instructions, special * 8) / 4 / CLOCK + waits
+    bounds = {
+        "memory": (from_memory + writes) * row_bytes / (COPY / share),
+        "L2": (reads + writes) * row_bytes / (L2 / share),
+        "issue": instructions / 4 / CLOCK,
+        "special": special * 8 / 4 / CLOCK,
+        "latency": (max(load, arithmetic) if prefetched else load + arithmetic) / ctas,
+    }
+    bound = max(bounds, key=bounds.get)
+    ideal = (1 + writes) * row_bytes / (COPY / share)
+    return {"bound": bound, "predicted_fraction_of_copy": f"{ideal / bounds[bound]:.2f}"}
+
+
+def table(target: str, *, options: bool = False, quiet: bool = False) -> list[dict[str, object]]:
+    """All rows."""
+    if options:
+        cases = [
+            (target, "row_loss_and_gradient", "bfloat16", num_classes, name)
+            for num_classes in OPTION_CLASSES
+            for name in OPTIONS
+        ]
+    else:
+        cases = [(target, kernel, dtype, K) for kernel in KERNELS for dtype in DTYPES for K in CLASSES]
+    with ProcessPoolExecutor() as pool:
+        futures = [pool.submit(line, *case) for case in cases]
+        rows = [future.result() for future in tqdm(futures, unit="kernel", disable=quiet)]
+    if options:
+        rows = [{"options": case[4]} | row for case, row in zip(cases, rows, strict=True)]
+        for row in rows:
+            del row["bound"], row["predicted_fraction_of_copy"]
+    return rows
+
+
+def plot(rows: list[dict[str, object]], path: Path) -> None:
+    """Instructions for each logit under what memory leaves time for, and the prediction."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (slots, share) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for dtype, color in zip(DTYPES, ("#0072B2", "#D55E00"), strict=True):
+        lines = [row for row in rows if row["kernel"] == "row_loss_and_gradient" and row["dtype"] == dtype]
+        K = [row["K"] for row in lines]
+        per_logit = [float(row["instructions_per_lane"]) * float(row["lanes_per_logit"]) for row in lines]
+        slots.plot(K, per_logit, color=color, marker="o", ms=4, label=dtype)
+        budget = MULTIPROCESSORS[H100] * 4 * 32 * CLOCK / (COPY / (2 * getattr(torch, dtype).itemsize))
+        slots.axhline(budget, color=color, ls="--", lw=1)
+        slots.annotate(f"{dtype}: what a copy takes", (K[-1], budget), (0, 3), textcoords="offset points", ha="right",
+                       color=color, fontsize=8)  # fmt: skip
+        if lines[0]["bound"]:
+            share.plot(K, [float(row["predicted_fraction_of_copy"]) for row in lines], color=color, marker="o", ms=4)
+    slots.set_ylabel("instructions for each logit, forward + backward")
+    slots.set_title(f"Counted, {rows[0]['target']}, Triton {rows[0]['triton']}", loc="left", fontsize=10)
+    slots.set_ylim(0)
+    slots.legend(frameon=False, loc="center right")
+    share.set_title("PREDICTED share of an H100's copy bandwidth", loc="left", fontsize=10)
+    share.set_ylim(0, 1.05)
+    for axes in (slots, share):
+        axes.set_xscale("log")
+        axes.set_xlabel("number of classes K")
+        axes.grid(color="0.92", lw=0.6)
+        axes.set_axisbelow(True)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Compile, count, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=TARGETS, default=H100, help="default: %(default)s")
+    parser.add_argument("--options", action="store_true", help="a table of what the options cost")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table as well")
+    args = parser.parse_args()
+    if args.options and args.plot:
+        parser.error("--plot draws the table without --options")
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET=1 is set: there is no code to count")
+    rows = table(args.target, options=args.options)
+    writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()
