@@ -80,6 +80,7 @@ class OnGpu:
         self.tensor, self.dtype = tensor, tensor.dtype
 
     def data_ptr(self) -> int:
+        """Of a tensor that is not there."""
         return self.tensor.data_ptr()
 
 

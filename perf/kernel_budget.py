@@ -4,6 +4,7 @@
     python perf/kernel_budget.py --target gfx942              or sm_80, sm_100
     python perf/kernel_budget.py --options                    the options' prices: a table of its own
     python perf/kernel_budget.py --plot budget.png            and drawn
+    python perf/kernel_budget.py --against sweep_k.csv        predictions beside what a GPU did
 
 Instructions and special functions (exponentials, logarithms, reciprocals) are those that a thread executes, for each
 lane: each class of its tiles, whether there is such a class or not. What a row needs once is in it, the start of a
@@ -19,16 +20,15 @@ measured on one. For each multiprocessor it takes the slowest of
     issue     its instructions, four a cycle at 1.755 GHz
     special   its special functions, sixteen lanes a cycle
     latency   the time from the first load of a row to its last store, divided by the thread blocks that are at it at
-              the same time: 0.8 us for memory (three times in a loop), the row at 64 bytes a cycle, then its
-              instructions, 0.05 us for each barrier and 0.3 us for each that a cluster waits at, a guess. Where the next row is on
-              its way meanwhile, its loads and the arithmetic of this one overlap: the longer of the two counts.
+              the same time: 0.8 us for memory (three times in a loop), the row at 64 bytes a cycle, its instructions,
+              0.05 us for each barrier and 0.3 us for each that a cluster waits at (these two are guesses). Where the
+              next row is on its way meanwhile, only the longer of its loads and the arithmetic of this row counts.
 
 So loads and arithmetic overlap perfectly wherever two rows are under way. They never quite do.
 """
 
 import argparse
 import csv
-import math
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -199,7 +199,7 @@ def prediction(
     return {"bound": bound, "predicted_fraction_of_copy": f"{ideal / bounds[bound]:.2f}"}
 
 
-def table(target: str, *, options: bool = False, quiet: bool = False) -> list[dict[str, object]]:
+def table(target: str, *, kernels: tuple[str, ...] = KERNELS, options: bool = False) -> list[dict[str, object]]:
     """All rows."""
     if options:
         cases = [
@@ -208,10 +208,10 @@ def table(target: str, *, options: bool = False, quiet: bool = False) -> list[di
             for name in OPTIONS
         ]
     else:
-        cases = [(target, kernel, dtype, K) for kernel in KERNELS for dtype in DTYPES for K in CLASSES]
+        cases = [(target, kernel, dtype, K) for kernel in kernels for dtype in DTYPES for K in CLASSES]
     with ProcessPoolExecutor() as pool:
         futures = [pool.submit(line, *case) for case in cases]
-        rows = [future.result() for future in tqdm(futures, unit="kernel", disable=quiet)]
+        rows = [future.result() for future in tqdm(futures, unit="kernel", disable=None)]
     if options:
         rows = [{"options": case[4]} | row for case, row in zip(cases, rows, strict=True)]
         for row in rows:
@@ -254,17 +254,35 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     plt.close(figure)
 
 
+def against(rows: list[dict[str, object]], path: Path) -> None:
+    """Predicted and measured share of the copy's bandwidth, for each K that both have."""
+    with path.open(newline="") as file:
+        measured = {
+            (row["dtype"], int(row["K"])): 1 / float(row["times_copy"])
+            for row in csv.DictReader(file)
+            if row["contender"] == "sre_triton (triton)"
+        }
+    print(f"{'dtype':10}{'K':>8}{'predicted':>11}{'measured':>10}")
+    for row in rows:
+        if (share := measured.get((row["dtype"], row["K"]))) and row["predicted_fraction_of_copy"]:
+            print(f"{row['dtype']:10}{row['K']:>8}{row['predicted_fraction_of_copy']:>11}{share:>10.2f}")
+
+
 def main() -> None:
     """Compile, count, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=TARGETS, default=H100, help="default: %(default)s")
     parser.add_argument("--options", action="store_true", help="a table of what the options cost")
+    parser.add_argument("--against", type=Path, metavar="CSV", help="print predictions beside a sweep of sweep_k.py")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table as well")
     args = parser.parse_args()
     if args.options and args.plot:
         parser.error("--plot draws the table without --options")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET=1 is set: there is no code to count")
+    if args.against:
+        against(table(args.target, kernels=("row_loss_and_gradient",)), args.against)
+        return
     rows = table(args.target, options=args.options)
     writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
     writer.writeheader()

@@ -10,6 +10,11 @@ divided by the time of a step, is the bandwidth shown here, for every contender,
 matrix. Copying the logits moves as much and computes nothing. It is timed in the same rounds, into memory in use and,
 as for a gradient, into new memory, whose page faults cost a CPU more than the copy. N K is the same for all K.
 
+On a GPU other libraries take part where they import (peers.py), and ``peak_MB`` is the memory that a step needs beside
+the logits. ``moves`` counts how often a contender reads or writes a matrix as large as they are, the least being 2: a
+reader of ``times_copy`` can see how much of it is traffic. The matrices are larger than caches by far, so that nothing
+of one step is left for the next.
+
 All contenders take their turn in every round, so that a disturbance meets all of them; the slow ones sit out most
 rounds. What counts is the ratio of two medians of one run.
 """
@@ -21,12 +26,12 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import peers
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,25 +50,38 @@ class Contender(NamedTuple):
     loss: Callable[[Tensor, Tensor], Tensor]
     color: str
     marker: str
+    moves: float | str = ""
     slow: bool = False
     ours: bool = False
+    inplace: bool = False  # it writes into the logits
 
 
-def ours(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
+def ours(backend: str, **options: object) -> Callable[[Tensor, Tensor], Tensor]:
     """This project's loss."""
-    return lambda z, target: sre_triton.self_regularized_entropy(z, target, class_mean=True, backend=backend)
+    return lambda z, target: sre_triton.self_regularized_entropy(z, target, class_mean=True, backend=backend, **options)
+
+
+STYLES = {
+    "F.cross_entropy, compiled": ("#E69F00", "^"),
+    "F.cross_entropy": ("#D55E00", "v"),
+    "Liger": ("#CC79A7", "P"),
+    "Quack": ("#009E73", "X"),
+}
 
 
 def contenders(on_gpu: bool) -> dict[str, Contender]:
     """Who takes part. On a CPU Triton's interpreter shows correctness, not speed."""
-    triton = {"sre_triton (triton)": Contender(ours("triton"), "#0072B2", "o", ours=True)} if on_gpu else {}
-    return triton | {
-        "sre_triton (compile)": Contender(ours("compile"), "#56B4E9" if on_gpu else "#0072B2", "s", ours=True),
-        "F.cross_entropy, compiled": Contender(torch.compile(F.cross_entropy, dynamic=True), "#E69F00", "^"),
-        "F.cross_entropy": Contender(F.cross_entropy, "#D55E00", "v"),
-        "sre_triton (eager)": Contender(ours("eager"), "0.55", "D", slow=True),
-        "the source's formula": Contender(lambda z, target: source_formula(z.float(), target), "k", "x", slow=True),
-    }
+    field = {}
+    if on_gpu:
+        field["sre_triton (triton)"] = Contender(ours("triton"), "#0072B2", "o", 2, ours=True)
+        field["sre_triton (triton, recompute)"] = Contender(ours("triton", recompute=True), "#0072B2", "d", 3)
+    field["sre_triton (compile)"] = Contender(ours("compile"), "#56B4E9" if on_gpu else "#0072B2", "s", ours=True)
+    for name, (loss, peer) in peers.available()[0].items():
+        if on_gpu or name.startswith("F."):
+            field[name] = Contender(loss, *STYLES[name], peer.moves, inplace=peer.inplace)
+    field["sre_triton (eager)"] = Contender(ours("eager"), "0.55", "D", slow=True)
+    formula = Contender(lambda z, target: source_formula(z.float(), target), "k", "x", slow=True)
+    return field | {"the source's formula": formula}
 
 
 def seconds_of(step: Callable[[], None], device: torch.device) -> float:
@@ -83,33 +101,49 @@ def seconds_of(step: Callable[[], None], device: torch.device) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, object]]:
-    """The table: a row for every K and contender, and for the copy."""
+def reset_peak(device: torch.device) -> int:
+    """The bytes of memory in use on a GPU, from where its peak is counted anew."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def peak_megabytes(device: torch.device, before: int) -> str:
+    """The peak since then, beyond what was in use; nothing on other devices."""
+    return f"{(torch.cuda.max_memory_allocated(device) - before) / 1e6:.0f}" if device.type == "cuda" else ""
+
+
+def measure(args: argparse.Namespace) -> Iterator[list[dict[str, object]]]:
+    """The table, K by K: a row for every contender, and for the copy."""
     field = contenders(args.device.type != "cpu")
     rounds = dict.fromkeys((COPY, CLONE), range(-1, args.rounds))  # round -1 compiles and warms up
     rounds |= {name: range(args.slow_rounds) if c.slow else range(-1, args.rounds) for name, c in field.items()}
-    table = []
     with tqdm(total=len(args.classes) * sum(map(len, rounds.values())), unit="step", mininterval=1) as progress:
         for num_classes in args.classes:
             num_rows = args.elements // num_classes
             logits = (3 * torch.randn(num_rows, num_classes, device=args.device)).to(args.dtype).requires_grad_()
             target = torch.randint(num_classes, (num_rows,), device=args.device)
-            source, copied = logits.detach(), torch.empty_like(logits)
+            source = logits.detach()
+            copied = source.clone()
+            kept = []
 
-            def step(name, logits=logits, target=target, source=source, copied=copied):
+            def step(name, logits=logits, target=target, source=source, copied=copied, kept=kept):
                 if name == COPY:
                     copied.copy_(source)
                 elif name == CLONE:
-                    logits.grad = source.clone()
+                    kept.append(source.clone())
                 else:
-                    field[name].loss(logits, target).backward()
+                    leaf = copied.detach().requires_grad_() if field[name].inplace else logits
+                    kept.extend(torch.autograd.grad(field[name].loss(leaf, target), leaf))
 
-            seconds = {name: [] for name in rounds}
+            seconds, peak = {name: [] for name in rounds}, {}
             for round_ in range(-1, args.rounds):
                 for name in [name for name in seconds if round_ in rounds[name]]:
                     progress.set_description(f"K = {num_classes}", refresh=False)
                     progress.update()
-                    logits.grad = None
+                    kept.clear()
+                    before = reset_peak(args.device)
                     try:
                         elapsed = seconds_of(lambda name=name: step(name), args.device)
                     except torch.OutOfMemoryError:
@@ -117,6 +151,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
                         continue
                     if round_ >= 0:
                         seconds[name].append(elapsed)
+                        peak[name] = peak_megabytes(args.device, before)
+            table = []
             for name, times in seconds.items():
                 low, median, high = (
                     statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else 3 * times
@@ -133,9 +169,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
                         "quartile3_ms": f"{1e3 * high:.4g}",
                         "GB_per_s": f"{2 * source.nbytes / median / 1e9:.4g}",
                         "times_copy": f"{median / statistics.median(seconds[COPY]):.3g}",
+                        "moves": 2 if name in (COPY, CLONE) else field[name].moves,
+                        "peak_MB": peak[name],
                     }
                 )
-    return table
+            yield table
 
 
 def write_csv(table: list[dict[str, object]], versions: dict[str, object], path: Path) -> None:
@@ -269,9 +307,14 @@ def main() -> None:
         torch.get_device_module(args.device).set_device(args.device)
 
     torch.manual_seed(0)
-    table = measure(args)
+    if not on_cpu:
+        for name, reason in peers.available()[1].items():
+            print(f"without {name}: {reason}")
+    table = []
+    for rows in measure(args):  # an interrupted run leaves the K it has done
+        table += rows
+        write_csv(table, versions_of(args.device), folder / "sweep_k.csv")
     show(table)
-    write_csv(table, versions_of(args.device), folder / "sweep_k.csv")
     plot(folder / "sweep_k.csv", folder / "roofline.png")
     print(folder / "sweep_k.csv", folder / "roofline.png", sep="\n")
 

@@ -9,14 +9,17 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from .kernels import row_gradient_kernel, row_loss_kernel, row_lse_kernel, row_sums_kernel, scale_gradient_kernel
+from .kernels import row_gradient_kernel, row_loss_kernel, row_lse_kernel, row_sums_kernel
 from .ops import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, new_numbers, primitive
 from .plan import Device, plan
 from .rows import Inputs, Options, Variant
+from .scalars import inverse_count_kernel, scale_gradient_kernel, scaled_sum_kernel
 
 INTERPRETED = triton.knobs.runtime.interpret
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
+# One program reads the numbers of so many rows in a few microseconds; PyTorch's two launches take as long.
+FEW_ROWS = 65536
 # Programs that multiply a stored gradient: enough for the bandwidth of a GPU, and few to start and end if there is
 # nothing to do.
 SCALING_PROGRAMS = 1024
@@ -137,6 +140,7 @@ def _launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, optio
                 FULL=0 if how.path == "loop" else shortest // how.block_k,
                 ALIGN=align,
                 VECTOR=vector,
+                ADJACENT=(vector if window else align).bit_length() - 1,
                 WINDOW=window,
                 CTAS=how.num_ctas,
                 PTX=gpu.backend == "cuda",
@@ -268,3 +272,35 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
         )
     torch.autograd.graph.increment_version(gradient)
     return gradient
+
+
+def inverse_count(target: Tensor, weight: Tensor | None, num_classes: int, ignore_index: int) -> Tensor:
+    """What the loss of class indices is multiplied by for its mean, (), in one launch; for up to FEW_ROWS."""
+    factor = target.new_empty((), dtype=torch.float32)
+    with _on(target.device):
+        inverse_count_kernel[(1,)](
+            target_ptr=target.contiguous(),
+            weight_ptr=None if weight is None else weight.contiguous(),
+            factor_ptr=factor,
+            num_rows=target.shape[0],
+            num_classes=num_classes,
+            ignore_index=ignore_index,
+            BLOCK=1024,
+            num_warps=4,
+        )
+    return factor
+
+
+def scaled_sum(numbers: Tensor, factor: Tensor) -> Tensor:
+    """``numbers.sum() * factor``, (), in one launch; for up to FEW_ROWS."""
+    total = torch.empty_like(factor)
+    with _on(numbers.device):
+        scaled_sum_kernel[(1,)](
+            numbers_ptr=numbers,
+            factor_ptr=factor,
+            sum_ptr=total,
+            num_rows=numbers.shape[0],
+            BLOCK=1024,
+            num_warps=4,
+        )
+    return total

@@ -1,15 +1,11 @@
-"""The public function: shapes, reduction, and the autograd Functions over the row primitives.
-
-Two ways to the gradient. In a *single pass* it is computed together with the loss, already divided by the mean's
-denominator, and the backward hands it over, multiplied by the upstream gradient where that is not 1. With
-*recompute* the forward keeps seven numbers a row and the backward reads the logits again.
-"""
+"""The public function: arguments, shapes and reduction around the autograd Functions."""
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import reference
+from .autograd import Recompute, SinglePass, apply, few_launches, reduced
 from .backend import choose, primitives
 from .checks import (
     check_inplace,
@@ -18,134 +14,8 @@ from .checks import (
     check_range,
     check_tensors,
 )
-from .ops import is_batched, is_watched
+from .ops import is_watched
 from .reference import Parts, compute_dtype, sample_weights
-
-SECOND_BACKWARD = (
-    "self_regularized_entropy: the gradient was computed together with the loss and handed over by the first backward; "
-    "pass recompute=True to run backward through the same graph again"
-)
-DOUBLE_BACKWARD = (
-    "self_regularized_entropy: the gradient cannot be differentiated again; pass backend='eager', which can"
-)
-
-
-def _reduced(losses: Tensor, factor: Tensor, reduction: str) -> Tensor:
-    """(4, N) -> () or (N,): a tensor of its own, so that the user may change it in place."""
-    return losses[0].clone() if reduction == "none" else losses[0].sum() * factor
-
-
-def _functional(grad_loss: Tensor) -> bool:
-    """Whether the backward must not write in place: it is watched, batched, or recorded itself."""
-    return is_watched() or is_batched(grad_loss) or torch.is_grad_enabled()
-
-
-# No *args in a forward beside setup_context: torch.compile counts its parameters to see whether it takes a ctx.
-
-
-class _SinglePass(torch.autograd.Function):
-    """Loss and gradient from one read of the logits.
-
-    The stored gradient is an output, so that whoever differentiates through it comes to this node's backward, which
-    says no. (While compiling it is marked as non-differentiable instead, and PyTorch says no.)
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        rows, target, weight, factor, backend, reduction, inplace, c, reg_weight, ignore, smoothing, z_loss, cap
-    ):
-        options = (c, reg_weight, ignore, smoothing, z_loss, cap)
-        row_primitives = primitives(backend)
-        compute = row_primitives.row_loss_and_gradient_ if inplace else row_primitives.row_loss_and_gradient
-        losses, gradient = compute(rows, target, weight, factor.expand(rows.shape[0]), *options)
-        return _reduced(losses, factor, reduction), losses, gradient
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, losses, gradient = output
-        ctx.num_inputs = len(inputs)
-        ctx.backend = inputs[4]
-        ctx.handed_over = False
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*((losses, gradient) if torch.compiler.is_compiling() else (losses,)))
-        ctx.save_for_backward(gradient)
-
-    @staticmethod
-    def backward(ctx, grad_loss, _, grad_gradient):
-        no_more = (None,) * (ctx.num_inputs - 1)
-        if torch.compiler.is_compiling():
-            (gradient,) = ctx.saved_tensors
-            return (gradient * grad_loss.unsqueeze(-1)).to(gradient.dtype), *no_more
-        if grad_gradient is not None:
-            raise RuntimeError(DOUBLE_BACKWARD)
-        if ctx.handed_over:
-            raise RuntimeError(SECOND_BACKWARD)
-        if grad_loss is None:
-            return None, *no_more
-        (gradient,) = ctx.saved_tensors
-        if _functional(grad_loss):
-            return (gradient * grad_loss.unsqueeze(-1)).to(gradient.dtype), *no_more
-        ctx.handed_over = True
-        return primitives(ctx.backend).scale_gradient_(gradient.detach(), grad_loss), *no_more
-
-
-class _Recompute(torch.autograd.Function):
-    """Loss from one read of the logits; the gradient from another, in the backward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        rows, target, weight, factor, backend, reduction, inplace, c, reg_weight, ignore, smoothing, z_loss, cap
-    ):
-        options = (c, reg_weight, ignore, smoothing, z_loss, cap)
-        losses, stats = primitives(backend).row_loss(rows, target, weight, *options)
-        return _reduced(losses, factor, reduction), losses, stats
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        rows, target, weight, factor, backend, _, inplace, c, reg_weight, *options = inputs
-        _, losses, stats = output
-        ctx.backend, ctx.inplace, ctx.options = backend, inplace, tuple(options)
-        ctx.num_inputs = len(inputs)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(losses, stats)
-        ctx.save_for_backward(rows, target, weight, factor, c, reg_weight, stats)
-
-    @staticmethod
-    def backward(ctx, grad_loss, *_):
-        no_more = (None,) * (ctx.num_inputs - 1)
-        if grad_loss is None:
-            return None, *no_more
-        rows, target, weight, factor, c, reg_weight, stats = ctx.saved_tensors
-        scale = (factor * grad_loss).expand(rows.shape[0])
-        arguments = (target, weight, stats, scale, c, reg_weight, *ctx.options)
-        if torch.compiler.is_compiling():
-            return primitives(ctx.backend).row_gradient(rows, *arguments), *no_more
-        if ctx.inplace and not _functional(grad_loss):
-            return primitives(ctx.backend).row_gradient_(rows, *arguments), *no_more
-        return _RowGradient.apply(rows, ctx.backend, *arguments), *no_more
-
-
-class _RowGradient(torch.autograd.Function):
-    """The gradient, as a node whose own backward says no."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(rows, backend, target, weight, stats, scale, c, reg_weight, ignore, smoothing, z_loss, cap):
-        options = (c, reg_weight, ignore, smoothing, z_loss, cap)
-        return primitives(backend).row_gradient(rows, target, weight, stats, scale, *options)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(DOUBLE_BACKWARD)
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -153,6 +23,22 @@ def _as_rows(tensor: Tensor) -> Tensor:
     if tensor.dim() == 2:
         return tensor
     return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.movedim(1, -1).flatten(0, -2)
+
+
+def _factor(reduction, denominator, rows, target, weight, ignore_index, backend) -> Tensor:
+    """What the sum of the rows' losses is multiplied by, ()."""
+    dtype = compute_dtype(rows.dtype)
+    if reduction == "mean" and denominator is None:
+        if target.dim() == 2:
+            denominator = rows.shape[0]
+        elif few_launches(rows, backend):
+            return primitives(backend).inverse_count(target, weight, rows.shape[1], ignore_index)
+        else:
+            denominator = sample_weights(target, weight, ignore_index).sum()
+    if isinstance(denominator, Tensor):
+        return denominator.detach().to(rows.device, dtype).reciprocal()
+    factor = torch.ones((), dtype=dtype, device=rows.device)
+    return factor if denominator is None else factor / denominator
 
 
 def _own_rows(rows: Tensor) -> bool:
@@ -313,15 +199,7 @@ def self_regularized_entropy(
     else:
         reg_weight = one * reg_weight
     reg_weight = reg_weight * per_class
-    if reduction != "mean":
-        factor = torch.ones((), dtype=dtype, device=input.device)
-    else:
-        if denominator is None:
-            denominator = sample_weights(target, weight, ignore_index).sum() if indices else rows.shape[0]
-        if isinstance(denominator, Tensor):
-            factor = denominator.detach().to(input.device, dtype).reciprocal()
-        else:
-            factor = torch.ones((), dtype=dtype, device=input.device) / denominator
+    factor = _factor(reduction, denominator, rows, target, weight, ignore_index, name)
     options = (
         one * c,
         reg_weight,
@@ -337,11 +215,11 @@ def self_regularized_entropy(
             recompute = True
         elif recompute is None:
             recompute = input.dtype == torch.float16 or reduction == "none"
-        function = _Recompute if recompute else _SinglePass
-        loss, losses, _ = function.apply(rows, target, weight, factor, name, reduction, inplace, *options)
+        function = Recompute if recompute else SinglePass
+        loss, losses, _ = apply(function, rows, target, weight, factor, name, reduction, inplace, *options)
     else:
         losses, _ = primitives(name).row_loss(rows, target, weight, *options)
-        loss = _reduced(losses, factor, reduction)
+        loss = reduced(losses, factor, reduction, name)
     if reduction == "none":
         loss = loss.reshape(shape)
     if not return_parts:

@@ -73,9 +73,7 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def plan(
-    num_rows: int, num_classes: int, element_size: int, *, holds_rows: bool, plain: bool, device: Device
-) -> Plan:
+def plan(num_rows: int, num_classes: int, element_size: int, *, holds_rows: bool, plain: bool, device: Device) -> Plan:
     """The table."""
     warp, tiles = device.warp_size, TILES if plain else TILES_WITH_MORE
     width = max(16, _power_of_2(num_classes))

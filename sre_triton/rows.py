@@ -58,6 +58,7 @@ class Variant(NamedTuple):
     FULL: int  # the first so many of a resident row's tiles end before the row does
     ALIGN: int  # K and the strides are multiples of it
     VECTOR: int  # classes in 16 bytes
+    ADJACENT: int  # the logarithm of the number of adjacent classes that a thread reads at once
     WINDOW: bool  # tiles begin at multiples of VECTOR, and what of a row lies before and after is a tile of its own
     CTAS: int  # thread blocks that share the classes of a tile
     PTX: bool  # NVIDIA's instructions are there

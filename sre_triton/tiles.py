@@ -52,6 +52,7 @@ def _fma(x, y, z):
 
 @triton.jit
 def reciprocal(x, PTX: tl.constexpr):
+    """To 2^-23 of itself."""
     if PTX:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
@@ -112,10 +113,7 @@ def log2_parts(x, PTX: tl.constexpr):
 @triton.jit
 def load_logits(pointers, mask, softcap):
     """z in float32, -inf outside the mask."""
-    if mask is None:
-        z = tl.load(pointers).to(tl.float32)
-    else:
-        z = tl.load(pointers, mask=mask, other=-INF).to(tl.float32)
+    z = (tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=-INF)).to(tl.float32)
     if softcap is not None:
         z = softcap * _tanh(z * (1.0 / softcap))
         if mask is not None:
@@ -188,11 +186,13 @@ def _to_groups(x, ADJACENT: tl.constexpr):
 
 @triton.jit
 def largest_of_row(x):
+    """Over the classes of a tile."""
     return tl.max(x, len(x.shape) - 1)
 
 
 @triton.jit
 def sum_of_row(x):
+    """Over the classes of a tile."""
     return tl.sum(x, len(x.shape) - 1)
 
 
@@ -217,6 +217,7 @@ def reference_of(m, PTX: tl.constexpr):
 
 @triton.jit
 def columns(numbers, tile):
+    """The numbers of the rows, to meet a tile of them."""
     factor, product, off, sc = numbers
     return column(factor, tile), column(product, tile), column(off, tile), column(sc, tile)
 

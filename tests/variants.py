@@ -1,7 +1,7 @@
 """Compiles the kernels for a GPU that is not there, through the launcher, and reports what came out.
 
-    python tests/cross_compile.py sm_90 > sm_90.jsonl           every tile, and variants in which any two settings meet
-    python tests/cross_compile.py sm_90 --random 4000 > ...     as many at random, about one a second
+    python tests/variants.py sm_90 > sm_90.jsonl               every tile, and variants in which any two settings meet
+    python tests/variants.py sm_90 --random 4000 > ...         as many at random, about one a second
 
 One JSON object a line: the call, the kernel, its variant, and its warps, registers, bytes of spill, widest access and
 barriers.
@@ -12,25 +12,17 @@ import itertools
 import json
 import random
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-import triton
 from helpers import options_of
 from tqdm import tqdm
-from triton.backends.compiler import GPUTarget
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "perf"))
+from cross_compile import TARGETS, Code, OnGpu, compile_only
 
 from sre_triton import launch
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 
 # Every width of a tile, in registers and in a loop, short and long; less a few classes, every alignment.
 WIDTHS = (*(2**i for i in range(4, 15)), 32768, 131072)
@@ -47,22 +39,6 @@ SETTINGS = {
     "rows": (3, 1, 16),
     "ignore_index": (-100, 1, 2**40),
 }
-
-
-class Driver:
-    """As much of a driver as compiling takes."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def every_value(settings: dict) -> list[dict]:
@@ -130,53 +106,15 @@ def make(call: dict) -> None:
     getattr(launch, call["primitive"])(logits, target, *given, *options)
 
 
-def compile_only(target: GPUTarget) -> list:
-    """From here on a launch compiles for the target, and appends the kernel's name, keywords and code to the list."""
-    triton.runtime.driver.set_active(Driver(target))
-    compiled = []
-    run = triton.runtime.JITFunction.run
-
-    def compile_and_record(self, *arguments, warmup, **keywords):
-        compiled.append((self.fn.__name__, keywords, run(self, *arguments, warmup=True, **keywords)))
-
-    triton.runtime.JITFunction.run = compile_and_record
-    return compiled
-
-
-class OnGpu:
-    """A tensor that says it is on a GPU."""
-
-    device = torch.device("cuda")
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor, self.dtype = tensor, tensor.dtype
-
-    def data_ptr(self) -> int:
-        return self.tensor.data_ptr()
-
-
-def report(kernel: object) -> dict:
-    """Registers, spill and the widest access of a compiled kernel."""
-    if "cubin" not in kernel.asm:
-        text = kernel.asm["amdgcn"]
-        spilled = [int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text)]
-        return {
-            "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]),
-            "spill": 4 * sum(spilled),
-            "widest": 4 * max([1, *(int(n) for n in re.findall(r"(?:global|buffer)_load_dwordx(\d)", text))]),
-        }
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(kernel.asm["cubin"])
-        usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", path], text=True, stderr=subprocess.STDOUT)
-        code = subprocess.check_output([tools / "nvdisasm", "-c", path], text=True)
-    widths = [int(bits) for bits in re.findall(r"LDG\.E\.(?:[A-Z.]*?)(64|128)", code)]
+def report(code: Code) -> dict:
+    """Registers, spill, the widest access and the barriers of a compiled kernel."""
+    widths = [4 * int(n) for n in re.findall(r"(?:global|buffer)_load_dwordx(\d)", code.text)]
+    widths += [int(bits) // 8 for bits in re.findall(r"LDG(?:STS)?\.\S*?\b(64|128)\b", code.text)]
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spill": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
-        "widest": max([32, *widths]) // 8,
-        "barriers": len(re.findall(r"\bBAR\.SYNC", code)),
+        "registers": code.registers,
+        "spill": code.spill_bytes,
+        "widest": max([4, *widths]),
+        "barriers": len(re.findall(r"\bBAR\.SYNC", code.text)),
     }
 
 
@@ -188,18 +126,19 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=0, metavar="N", help="N variants at random")
     args = parser.parse_args()
 
-    compiled = compile_only(TARGETS[args.target])
+    launches = compile_only(args.target)
     if args.random:
         calls = [{name: random.choice(values) for name, values in SETTINGS.items()} for _ in range(args.random)]
     else:
         calls = every_value(SETTINGS) if args.values else [*defaults(), *every_pair(SETTINGS)]
     for call in tqdm(calls, unit="kernel", disable=not sys.stderr.isatty()):
         make(call)
-        name, keywords, kernel = compiled[-1]
+        made = launches[-1]
         line = {setting: str(value) for setting, value in call.items()}
-        line |= {"kernel": name, "variant": keywords["V"]._asdict() if "V" in keywords else {}}
-        line |= {"warps": kernel.metadata.num_warps}
-        line |= {"fusion": kernel.metadata.enable_fp_fusion, **report(kernel)}
+        metadata = made.compiled.metadata
+        line |= {"kernel": made.name, "variant": made.keywords["V"]._asdict() if "V" in made.keywords else {}}
+        line |= {"warps": metadata.num_warps, "ctas": metadata.num_ctas, "fusion": metadata.enable_fp_fusion}
+        line |= report(Code(made.compiled))
         print(json.dumps(line), flush=True)
 
 

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# All that a GPU shows, in nine minutes: the tests, the sweeps in bf16 and fp32 beside the peers that are installed, the
+# predictions beside the measurements, and a short run under compute-sanitizer where that is there.
+#
+#     bash perf/gpu.sh [FOLDER]        results in FOLDER, by default perf/results/<device>
+#
+# What is done is written when it is done: an interrupted run leaves everything before.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+device=$(python -c "import re, torch; print(re.sub('[^A-Za-z0-9]+', '-', torch.cuda.get_device_name()).strip('-'))") || exit
+folder=${1:-perf/results/$device}
+mkdir -p "$folder/float32"
+
+part() { # NAME SECONDS COMMAND...
+    echo "+ ${*:3}"
+    timeout "$2" "${@:3}" 2>&1 | tee "$folder/$1.txt"
+    echo "  exit status ${PIPESTATUS[0]}" | tee -a "$folder/$1.txt"
+}
+
+nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem --format=csv | tee "$folder/device.csv"
+part tests 210 python -m pytest -m gpu -n 8 -q --durations=10
+part sweep_bfloat16 110 python perf/sweep_k.py --dtype bfloat16 --out "$folder"
+part sweep_float32 110 python perf/sweep_k.py --dtype float32 --out "$folder/float32"
+part prediction_bfloat16 30 python perf/kernel_budget.py --against "$folder/sweep_k.csv"
+part prediction_float32 30 python perf/kernel_budget.py --against "$folder/float32/sweep_k.csv"
+if command -v compute-sanitizer > /dev/null; then
+    part sanitizer 50 compute-sanitizer --error-exitcode 1 python -m pytest -m gpu -q tests/test_gpu.py -k boundaries
+fi

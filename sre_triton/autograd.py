@@ -1,0 +1,176 @@
+"""The autograd Functions over the row primitives: two ways to the gradient.
+
+In a *single pass* it is computed together with the loss, already divided by the mean's denominator, and the backward
+hands it over, multiplied by the upstream gradient where that is not 1. With *recompute* the forward keeps seven numbers
+a row and the backward reads the logits again.
+"""
+
+import torch
+from torch import Tensor
+
+from .backend import primitives
+from .ops import is_batched, is_watched
+
+SECOND_BACKWARD = (
+    "self_regularized_entropy: the gradient was computed together with the loss and handed over by the first backward; "
+    "pass recompute=True to run backward through the same graph again"
+)
+DOUBLE_BACKWARD = (
+    "self_regularized_entropy: the gradient cannot be differentiated again; pass backend='eager', which can"
+)
+
+
+def reduced(losses: Tensor, factor: Tensor, reduction: str, backend: str) -> Tensor:
+    """(4, N) -> () or (N,): a tensor of its own, so that the user may change it in place."""
+    if reduction == "none":
+        return losses[0].clone()
+    if few_launches(losses[0], backend):
+        return primitives(backend).scaled_sum(losses[0], factor)
+    return losses[0].sum() * factor
+
+
+def few_launches(rows: Tensor, backend: str) -> bool:
+    """Whether the kernels of scalars.py do what takes PyTorch several launches, for numbers of rows in eager code."""
+    plain = type(rows) in (Tensor, torch.nn.Parameter) and not (rows.is_meta or is_watched() or is_batched(rows))
+    return backend == "triton" and plain and 0 < rows.shape[0] <= primitives(backend).FEW_ROWS
+
+
+def _functional(grad_loss: Tensor) -> bool:
+    """Whether the backward must not write in place: it is watched, batched, or recorded itself."""
+    return is_watched() or is_batched(grad_loss) or torch.is_grad_enabled()
+
+
+# No *args in a forward beside setup_context: torch.compile counts its parameters to see whether it takes a ctx.
+
+
+class SinglePass(torch.autograd.Function):
+    """Loss and gradient from one read of the logits.
+
+    The stored gradient is an output, so that whoever differentiates through it comes to this node's backward, which
+    says no. (While compiling it is marked as non-differentiable instead, and PyTorch says no.)
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        rows, target, weight, factor, backend, reduction, inplace, c, reg_weight, ignore, smoothing, z_loss, cap
+    ):
+        options = (c, reg_weight, ignore, smoothing, z_loss, cap)
+        row_primitives = primitives(backend)
+        compute = row_primitives.row_loss_and_gradient_ if inplace else row_primitives.row_loss_and_gradient
+        losses, gradient = compute(rows, target, weight, factor.expand(rows.shape[0]), *options)
+        return reduced(losses, factor, reduction, backend), losses, gradient
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, losses, gradient = output
+        ctx.num_inputs = len(inputs)
+        ctx.backend = inputs[4]
+        ctx.handed_over = False
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*((losses, gradient) if torch.compiler.is_compiling() else (losses,)))
+        ctx.save_for_backward(gradient)
+
+    @staticmethod
+    def backward(ctx, grad_loss, _, grad_gradient):
+        no_more = (None,) * (ctx.num_inputs - 1)
+        if torch.compiler.is_compiling():
+            (gradient,) = ctx.saved_tensors
+            return (gradient * grad_loss.unsqueeze(-1)).to(gradient.dtype), *no_more
+        if grad_gradient is not None:
+            raise RuntimeError(DOUBLE_BACKWARD)
+        if ctx.handed_over:
+            raise RuntimeError(SECOND_BACKWARD)
+        if grad_loss is None:
+            return None, *no_more
+        (gradient,) = ctx.saved_tensors
+        if _functional(grad_loss):
+            return (gradient * grad_loss.unsqueeze(-1)).to(gradient.dtype), *no_more
+        ctx.handed_over = True
+        return primitives(ctx.backend).scale_gradient_(gradient.detach(), grad_loss), *no_more
+
+
+class Recompute(torch.autograd.Function):
+    """Loss from one read of the logits; the gradient from another, in the backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        rows, target, weight, factor, backend, reduction, inplace, c, reg_weight, ignore, smoothing, z_loss, cap
+    ):
+        options = (c, reg_weight, ignore, smoothing, z_loss, cap)
+        losses, stats = primitives(backend).row_loss(rows, target, weight, *options)
+        return reduced(losses, factor, reduction, backend), losses, stats
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rows, target, weight, factor, backend, _, inplace, c, reg_weight, *options = inputs
+        _, losses, stats = output
+        ctx.backend, ctx.inplace, ctx.options = backend, inplace, tuple(options)
+        ctx.num_inputs = len(inputs)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(losses, stats)
+        ctx.save_for_backward(rows, target, weight, factor, c, reg_weight, stats)
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        no_more = (None,) * (ctx.num_inputs - 1)
+        if grad_loss is None:
+            return None, *no_more
+        rows, target, weight, factor, c, reg_weight, stats = ctx.saved_tensors
+        scale = (factor * grad_loss).expand(rows.shape[0])
+        arguments = (target, weight, stats, scale, c, reg_weight, *ctx.options)
+        if torch.compiler.is_compiling():
+            return primitives(ctx.backend).row_gradient(rows, *arguments), *no_more
+        if ctx.inplace and not _functional(grad_loss):
+            return primitives(ctx.backend).row_gradient_(rows, *arguments), *no_more
+        return apply(_RowGradient, rows, ctx.backend, *arguments), *no_more
+
+
+class _RowGradient(torch.autograd.Function):
+    """The gradient, as a node whose own backward says no."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows, backend, target, weight, stats, scale, c, reg_weight, ignore, smoothing, z_loss, cap):
+        options = (c, reg_weight, ignore, smoothing, z_loss, cap)
+        return primitives(backend).row_gradient(rows, target, weight, stats, scale, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(DOUBLE_BACKWARD)
+
+
+def _without_setup_context(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same for plain eager code: where there is a setup_context, PyTorch binds the arguments anew at every call.
+
+    That takes a hundred microseconds, twice as long as all else of a step in Python.
+    """
+
+    class Plain(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            outputs = function.forward(*inputs)
+            function.setup_context(ctx, inputs, outputs)
+            return outputs
+
+        backward = staticmethod(function.backward)
+
+    Plain.__name__ = Plain.__qualname__ = function.__name__
+    return Plain
+
+
+_PLAIN = {function: _without_setup_context(function) for function in (SinglePass, Recompute, _RowGradient)}
+
+
+def apply(function: type[torch.autograd.Function], *arguments) -> tuple[Tensor, ...] | Tensor:
+    """Apply SinglePass or Recompute."""
+    plain = not (is_watched() or any(map(is_batched, arguments)))
+    return (_PLAIN[function] if plain else function).apply(*arguments)

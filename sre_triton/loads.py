@@ -1,0 +1,180 @@
+"""Where the classes of a row lie in memory, and how tiles of them come into registers.
+
+Rows that do not begin at multiples of 16 bytes are read in a window that does, and the few classes before and after
+it, the edges, as a tile of their own (WINDOW). A *place* is of a tile: its elements, counted from the pointer to the
+logits, its classes, which of them there are, and which of those are to be read.
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import load_if_counted, shares
+from .tiles import column, load_logits
+
+
+@triton.jit
+def program_rows(V: tl.constexpr):
+    """The program's row, or its rows."""
+    program = tl.program_id(0).to(tl.int64)
+    if V.ROWS == 1:
+        return program
+    else:
+        return program * V.ROWS + tl.arange(0, V.ROWS)
+
+
+@triton.jit
+def counted_targets(inputs, opts, rows, inside, V: tl.constexpr):
+    """The targets, if they are class indices, and which of the rows are there and not ignored."""
+    if V.PROBABILITIES:
+        return rows, rows < inputs.num_rows
+    else:
+        target = load_if_counted(inputs.target_ptr + rows, inside)
+        if inside is None:
+            return target, target != opts.ignore_index
+        else:
+            return target, inside & (target != opts.ignore_index)
+
+
+@triton.jit
+def any_counted(counted, V: tl.constexpr):
+    """Whether a program has anything to read: a program of one row, one that is counted; else it is masked."""
+    if V.ROWS == 1 and not V.PROBABILITIES:
+        return counted
+    else:
+        return True
+
+
+@triton.jit
+def at_targets(inputs, opts, rows, target, counted, V: tl.constexpr):
+    """Of class indices: the target, or 0 if it is out of range, and there z and w (NaN if out of range)."""
+    if V.PROBABILITIES:
+        return rows, 0.0, 1.0
+    else:
+        in_range = target.to(tl.uint64) < inputs.num_classes * V.ALIGN
+        g = tl.where(in_range, target, 0)
+        z_g = load_logits(inputs.logits_ptr + rows * inputs.logits_stride * V.ALIGN + g, counted, opts.softcap)
+        w_g = tl.where(in_range, 1.0, float("nan"))
+        if inputs.weight_ptr is not None:
+            w_g *= load_if_counted(inputs.weight_ptr + g, counted).to(tl.float32)
+        if V.STAGES == 0:
+            # Where the gradient takes the place of the logits, other threads are about to write where z_g was read.
+            tl.debug_barrier()
+        return g, z_g, w_g
+
+
+@triton.jit
+def window_of(inputs, rows, V: tl.constexpr):
+    """Where the tiles of a row begin, in elements from the pointer, the class there, and the number of classes."""
+    begin = rows * inputs.logits_stride * V.ALIGN
+    K = inputs.num_classes * V.ALIGN
+    if V.WINDOW:
+        first = (begin + (V.VECTOR - 1)) // V.VECTOR * V.VECTOR
+        return first, (first - begin).to(tl.int32), ((begin + K) // V.VECTOR * V.VECTOR - first).to(tl.int32)
+    else:
+        return begin, 0, K
+
+
+@triton.jit
+def full_tile(WIDTH: tl.constexpr, value: tl.constexpr, V: tl.constexpr):
+    """A tile of the rows full of one value."""
+    if V.ROWS == 1:
+        return tl.full((WIDTH,), value, tl.float32)
+    else:
+        return tl.full((V.ROWS, WIDTH), value, tl.float32)
+
+
+@triton.jit
+def place_of_tile(inputs, rows, counted, window, start, V: tl.constexpr):
+    """Of the tile that begins ``start`` into the window."""
+    first, head, length = window
+    cols = start + tl.arange(0, V.BLOCK_K)
+    if V.ROWS > 1:
+        cols = cols[None, :]
+        mask = (cols < length) & (rows < inputs.num_rows)[:, None]
+        return first[:, None] + cols, cols, mask, mask & counted[:, None]
+    else:
+        return first + cols, head + cols, cols < length, cols < length
+
+
+@triton.jit
+def place_of_edge(inputs, rows, window, V: tl.constexpr):
+    """The same of the edges: a tile of one class per group, those before the window and those behind it."""
+    _, head, length = window
+    i = tl.arange(0, V.BLOCK_K // 8)
+    # Backwards, or Triton would see neighbours, and give all of them to a few threads.
+    before, behind = head - 1 - i, inputs.num_classes * V.ALIGN - 1 - (i - V.VECTOR)
+    classes = tl.where(i < V.VECTOR, before, behind)
+    mask = tl.where(i < V.VECTOR, before >= 0, behind >= head + length)
+    return rows * inputs.logits_stride * V.ALIGN + classes, classes, mask, mask
+
+
+@triton.jit
+def _load(inputs, opts, rows, place, MASKED: tl.constexpr, V: tl.constexpr):
+    """z, and if HAS_Y y, w y, and w y before smoothing; -inf and 0 where there is nothing or the row is not counted."""
+    offsets, classes, _, mask = place
+    if not MASKED:
+        mask = None
+    z = load_logits(inputs.logits_ptr + offsets, mask, opts.softcap)
+    if V.HAS_Y:
+        share, at_target = shares(inputs, opts, V)
+        if V.PROBABILITIES:
+            pointers = inputs.target_ptr + column(rows * inputs.target_stride * V.ALIGN, z) + classes
+            if mask is None:
+                given = tl.load(pointers).to(tl.float32)
+            else:
+                given = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+            y = given
+            if opts.label_smoothing is not None:
+                y = share + at_target * given
+        else:
+            y = tl.zeros_like(z) + share
+            given = y
+        if mask is not None:
+            y = tl.where(mask, y, 0.0)
+        wy = y
+        if inputs.weight_ptr is not None:
+            exists = (classes >= 0) & (classes < inputs.num_classes * V.ALIGN)
+            w = tl.load(inputs.weight_ptr + classes, mask=exists, other=0.0)
+            wy, given = w.to(tl.float32) * y, w.to(tl.float32) * given
+        return z, y, wy, given
+    else:
+        return z, z, z, z  # the last three for nobody
+
+
+@triton.jit
+def load_tiles(inputs, opts, rows, counted, window, start, FULL: tl.constexpr, V: tl.constexpr):
+    """The four of `_load`, each of TILES tiles, the first FULL of which end before the row does."""
+    z, y, wy, given = (), (), (), ()
+    TILES: tl.constexpr = V.TILES  # or Triton 3.6 takes it for a number of the running program
+    for i in tl.static_range(TILES):
+        place = place_of_tile(inputs, rows, counted, window, start + i * V.BLOCK_K, V)
+        z_i, y_i, wy_i, given_i = _load(inputs, opts, rows, place, V.ROWS > 1 or i >= FULL, V)
+        z, y, wy, given = z + (z_i,), y + (y_i,), wy + (wy_i,), given + (given_i,)
+    return z, y, wy, given
+
+
+@triton.jit
+def load_edge(inputs, opts, rows, window, V: tl.constexpr):
+    """The four of `_load`, of one tile."""
+    if V.WINDOW:
+        return _load(inputs, opts, rows, place_of_edge(inputs, rows, window, V), True, V)
+    else:
+        return rows, rows, rows, rows  # for nobody
+
+
+@triton.jit
+def store_rows(ptr, inputs, rows, numbers, FIRST: tl.constexpr, V: tl.constexpr):
+    """Numbers of the rows into a matrix (count, N), from its row FIRST on."""
+    N = tl.cast(inputs.num_rows, tl.int64)
+    for i in tl.static_range(len(numbers)):
+        if V.ROWS == 1:
+            tl.store(ptr + (FIRST + i) * N + rows, numbers[i])
+        else:
+            tl.store(ptr + (FIRST + i) * N + rows, numbers[i], mask=rows < N)
+
+
+@triton.jit
+def load_rows(ptr, inputs, rows, i, inside):
+    """The numbers in row i of such a matrix."""
+    N = tl.cast(inputs.num_rows, tl.int64)
+    return load_if_counted(ptr + i * N + rows, inside)

@@ -1,0 +1,94 @@
+"""The table that decides how kernels are launched."""
+
+import itertools
+
+import pytest
+
+from sre_triton.plan import Device, plan
+
+H100 = Device(warp_size=32, multiprocessors=132, clusters=True, async_copies=True)
+A100 = Device(warp_size=32, multiprocessors=108, clusters=False, async_copies=True)
+OLD = Device(warp_size=32, multiprocessors=68, clusters=False, async_copies=False)
+MI300X = Device(warp_size=64, multiprocessors=304, clusters=False, async_copies=False)
+MANY = 10**6
+
+
+def of(num_classes, device=H100, num_rows=MANY, element_size=2, holds_rows=True, plain=True):
+    return plan(num_rows, num_classes, element_size, holds_rows=holds_rows, plain=plain, device=device)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "expected"),
+    [
+        (1, ("resident", 16, 16, 1, 1, 1, 0, 62500, 255)),
+        (16, ("resident", 16, 16, 1, 1, 1, 0, 62500, 255)),
+        (17, ("resident", 8, 32, 1, 1, 1, 0, 125000, 255)),
+        (128, ("resident", 2, 128, 1, 1, 1, 0, 500000, 255)),
+        (129, ("resident", 1, 256, 1, 1, 1, 0, MANY, 128)),
+        (1000, ("resident", 1, 256, 4, 1, 1, 0, MANY, 128)),
+        (1025, ("resident", 1, 512, 3, 2, 1, 0, MANY, 128)),
+        (4096, ("resident", 1, 1024, 4, 4, 1, 0, MANY, 128)),
+        (4097, ("resident", 1, 2048, 3, 8, 1, 2, 264, 128)),
+        (8192, ("resident", 1, 2048, 4, 8, 1, 2, 264, 128)),
+        (8193, ("resident", 1, 4096, 3, 16, 1, 2, 132, 128)),
+        (16384, ("resident", 1, 4096, 4, 16, 1, 2, 132, 128)),
+        (16385, ("cluster", 1, 8192, 3, 4, 8, 0, MANY, 128)),
+        (50257, ("cluster", 1, 16384, 4, 4, 16, 0, MANY, 128)),
+        (65537, ("cluster", 1, 32768, 3, 8, 16, 0, MANY, 128)),
+        (131073, ("cluster", 1, 65536, 3, 16, 16, 2, 7, 128)),
+        (262144, ("cluster", 1, 65536, 4, 16, 16, 2, 7, 128)),
+        (262145, ("loop", 1, 8192, 2, 32, 1, 0, MANY, 64)),
+    ],
+)
+def test_table_of_an_h100(num_classes, expected):
+    assert of(num_classes) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "element_size", "threads"),
+    [(16385, 2, 256), (32768, 2, 256), (32769, 2, 512), (65536, 2, 512), (16385, 4, 512), (10**6, 4, 1024)],
+)  # fmt: skip
+def test_loops_have_more_threads_the_longer_a_row(num_classes, element_size, threads):
+    for device in (A100, OLD, MI300X):
+        how = of(num_classes, device, element_size=element_size)
+        assert (how.path, how.num_warps * device.warp_size, how.num_ctas, how.stages) == ("loop", threads, 1, 0)
+
+
+def test_what_a_device_does_not_have():
+    assert of(16384, A100).stages == 2
+    assert of(16384, OLD).stages == of(16384, MI300X).stages == 0
+    assert of(16384, OLD).programs == MANY
+
+
+def test_few_rows_fill_the_gpu():
+    for num_rows, num_ctas in ((1, 16), (8, 16), (9, 8), (16, 8), (66, 8), (132, 8)):
+        how = of(20000, num_rows=num_rows)
+        assert (how.num_ctas, how.num_warps * how.num_ctas) == (num_ctas, 32)
+    assert of(100000, num_rows=4).num_ctas == 16
+    assert of(16384, num_rows=3).programs == 3
+
+
+def test_options_take_registers():
+    assert of(8192, plain=False)[:7] == ("resident", 1, 4096, 2, 16, 1, 0)
+    assert of(8193, plain=False)[:6] == ("cluster", 1, 8192, 2, 4, 8)
+    assert of(131073, plain=False).path == "loop"
+
+
+@pytest.mark.parametrize("device", [H100, A100, OLD, MI300X])
+def test_every_plan_can_be_launched(device):
+    sizes = sorted({max(1, 2**i + j) for i in range(21) for j in (-1, 0, 1)} | {1000, 21841, 50257, 128256, 250112})
+    for num_classes, num_rows, element_size, holds_rows, plain in itertools.product(
+        sizes, (1, 5, 100, MANY), (2, 4), (False, True), (False, True)
+    ):
+        how = of(num_classes, device, num_rows, element_size, holds_rows, plain)
+        threads = how.num_warps * device.warp_size
+        assert threads <= 1024
+        assert threads * how.registers <= 65536
+        assert how.num_ctas <= 16
+        assert 1 <= how.programs <= num_rows
+        assert how.programs * how.rows >= num_rows or how.stages
+        if how.path != "loop":
+            assert holds_rows
+            assert how.block_k * how.tiles >= num_classes > how.block_k * (how.tiles - 1)
+        if how.rows == 1:
+            assert how.block_k == 8 * threads * how.num_ctas
