@@ -108,6 +108,7 @@ def _launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, optio
             num_classes,
             logits.element_size(),
             holds_rows=holds_rows,
+            aligned=align == vector,
             plain=not has_y and opts.softcap is None,
             device=_device(logits.device.index),
         )

@@ -15,8 +15,9 @@
 Clusters need compute capability 9.0 and Triton 3.8; without them rows of more than 16384 classes take the loop. Where
 there are fewer rows than multiprocessors, a cluster has as many smaller blocks as fill the GPU. (Without clusters such
 a batch leaves it idle: splitting rows over programs that cannot wait for each other takes three launches, and its
-traffic is what it is.) Half as many classes fit, and no row is on its way, where a class has more than its logit: a
-target probability, a weight, a softcap. Kernels that do not hold rows, for the parts of the loss, take the loop.
+traffic is what it is.) Half as many classes fit where a class has more than its logit: a target probability, a weight,
+a softcap. Then, and where rows do not begin at multiples of 16 bytes, no row is on its way while another is computed:
+the registers would not suffice. Kernels that do not hold rows, for the parts of the loss, take the loop.
 """
 
 from typing import NamedTuple
@@ -73,9 +74,12 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def plan(num_rows: int, num_classes: int, element_size: int, *, holds_rows: bool, plain: bool, device: Device) -> Plan:
+def plan(
+    num_rows: int, num_classes: int, element_size: int, *, holds_rows: bool, aligned: bool, plain: bool, device: Device
+) -> Plan:
     """The table."""
     warp, tiles = device.warp_size, TILES if plain else TILES_WITH_MORE
+    moves_on = plain and aligned
     width = max(16, _power_of_2(num_classes))
     rows = max(1, SMALLEST_TILE // width)
     if rows > 1:
@@ -86,7 +90,7 @@ def plan(num_rows: int, num_classes: int, element_size: int, *, holds_rows: bool
     if holds_rows and threads <= RESIDENT_THREADS:
         block_k = threads * CLASSES_PER_THREAD
         per_multiprocessor = 65536 // (threads * RESIDENT_REGISTERS)
-        stages = 2 if plain and device.async_copies and per_multiprocessor <= 2 else 0
+        stages = 2 if moves_on and device.async_copies and per_multiprocessor <= 2 else 0
         programs = min(num_rows, device.multiprocessors * per_multiprocessor) if stages else num_rows
         num_tiles = -(-num_classes // block_k)
         return Plan("resident", 1, block_k, num_tiles, threads // warp, 1, stages, programs, RESIDENT_REGISTERS)
@@ -96,13 +100,13 @@ def plan(num_rows: int, num_classes: int, element_size: int, *, holds_rows: bool
         num_ctas = min(LARGEST_CLUSTER, threads // CLUSTER_THREADS)
         while num_ctas < LARGEST_CLUSTER and 2 * num_ctas * num_rows <= device.multiprocessors:
             num_ctas *= 2  # few rows: as many blocks as there are multiprocessors
-        stages = 2 if plain and threads // num_ctas == RESIDENT_THREADS else 0
+        stages = 2 if moves_on and threads // num_ctas == RESIDENT_THREADS else 0
         programs = min(num_rows, device.multiprocessors // MULTIPROCESSORS_PER_CLUSTER) if stages else num_rows
         num_tiles, num_warps = -(-num_classes // block_k), threads // num_ctas // warp
         return Plan("cluster", 1, block_k, num_tiles, num_warps, num_ctas, stages, programs, RESIDENT_REGISTERS)
 
     threads = _power_of_2(-(-num_classes * element_size // LOOP_BYTES_PER_THREAD))
-    threads = min(max(threads, warp), LARGEST_LOOP)
+    threads = min(max(threads, warp), LARGEST_LOOP if plain else LARGEST_LOOP // 2)
     tiles = min(LOOP_TILES, max(1, width // (threads * CLASSES_PER_THREAD)))
-    registers = LOOP_REGISTERS if plain else 65536 // max(threads, 512)
+    registers = LOOP_REGISTERS if plain else 2 * LOOP_REGISTERS
     return Plan("loop", 1, threads * CLASSES_PER_THREAD, tiles, threads // warp, 1, 0, num_rows, registers)

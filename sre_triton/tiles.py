@@ -210,7 +210,7 @@ def finite_maximum(m):
 def reference_of(m, PTX: tl.constexpr):
     """The factor log2 e, m log2 e rounded, and what the rounding lost: d is too large by that."""
     m = finite_maximum(m)
-    factor = tl.minimum(reciprocal(tl.abs(m), PTX) * (LARGEST * LOG2_E), LOG2_E)
+    factor = tl.minimum(reciprocal(tl.abs(m) * (1 / (LARGEST * LOG2_E)), PTX), LOG2_E)
     product = m * factor
     return factor, product, _fma(m, factor, -product)
 

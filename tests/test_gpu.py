@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import OPTIONS, loss_and_gradient, problem, truth
+from helpers import OPTIONS, assert_within_bounds, loss_and_gradient, problem, truth
 
 from sre_triton import SelfRegularizedEntropyLoss, backend, self_regularized_entropy
 
@@ -15,6 +15,79 @@ def test_triton_is_chosen():
     logits, _, _ = problem(4, 10, {})
     assert backend.choose(None, logits, False) == "triton"
     assert backend.choose(None, logits.double(), False) == "compile"
+
+
+# Where the table of plan.py changes from one line to the next.
+BOUNDARIES = (1, 16, 17, 128, 129, 4096, 4097, 8192, 8193, 16384, 16385, 65536, 65537, 131072, 131073, 262144, 262145)
+
+
+@modes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("K", BOUNDARIES)
+def test_boundaries_of_the_table(K, dtype, recompute):
+    # More rows than there are programs at a time, so that those which go from row to row do.
+    logits, target, _ = problem(300 if 4096 < K <= 16384 else 20, K, {"class_mean": True}, dtype=dtype)
+    target[0], target[1], target[2] = 0, K - 1, -100
+    logits[2] = torch.nan
+    options = {"class_mean": True, "recompute": recompute, "reduction": "sum"}
+    loss, _, gradient = loss_and_gradient(logits, target, **options)
+    kept = target != -100
+    del options["recompute"]
+    true_loss, _, true_gradient = truth(logits[kept], target[kept], **options)
+    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-5, atol=1e-5)
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 5e-6}[dtype]
+    difference = (gradient[kept].double() - true_gradient).norm(dim=1)
+    assert (difference <= rounding * true_gradient.norm(dim=1) + 3e-7 * K**0.5).all()
+    assert (gradient[2] == 0).all()
+
+
+@pytest.mark.parametrize("K", [50257, 65536, 262144])
+@pytest.mark.parametrize("N", [1, 3, 9])
+def test_few_rows(N, K):
+    logits, target, _ = problem(N, K, {})
+    assert_within_bounds(logits, target, "triton", recompute=False)
+
+
+@pytest.mark.parametrize("K", [1000, 16384, 32768, 262144])
+def test_the_same_again(K):
+    # A race would show in some of many runs.
+    logits, target, _ = problem(400, K, {}, dtype=torch.bfloat16)
+    first = loss_and_gradient(logits, target, class_mean=True)
+    for _ in range(20):
+        again = loss_and_gradient(logits, target, class_mean=True)
+        assert torch.equal(again[0], first[0])
+        assert torch.equal(again[2], first[2])
+
+
+@modes
+def test_on_another_stream(recompute):
+    logits, target, _ = problem(512, 50257, {}, dtype=torch.bfloat16)
+    expected = loss_and_gradient(logits, target, class_mean=True, recompute=recompute)[2]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)  # what the current stream does meanwhile must not wait for it, nor come before
+        delayed = logits * 1.0
+        gradient = loss_and_gradient(delayed, target, class_mean=True, recompute=recompute)[2]
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(gradient, expected)
+
+
+def test_a_step_is_four_launches():
+    logits, target, _ = problem(64, 1000, {})
+    logits.requires_grad_()
+    one = torch.ones(())
+
+    def step():
+        self_regularized_entropy(logits, target, class_mean=True).backward(one)
+        logits.grad = None
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 4, kernels
 
 
 @modes

@@ -17,12 +17,71 @@ both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["ind
 POWERS = [2**i for i in range(4, 15)]
 EDGES = sorted({1, 2, 3, 123, 507, 1823, 5003, *(K + i for K in POWERS for i in (-1, 0, 1))})
 CLOSE = {"rtol": 1e-4, "atol": 1e-7}
-LONG = [50257, 65535, 65536, 65537]
+LONG = [50257, 65535, 65536, 65537, 131073, 262144, 262145]
 
 
 @pytest.fixture
 def launch(on_triton):
     return primitives(on_triton)
+
+
+@pytest.fixture(params=["clusters", "loops", "wide warps"])
+def device(request, launch, monkeypatch):
+    """The ways of different GPUs: the interpreter can go all of them."""
+    if not launch.INTERPRETED:
+        pytest.skip("a GPU is what it is")
+    new = request.param == "clusters"
+    wide = request.param == "wide warps"
+    device = launch.Device(warp_size=64 if wide else 32, multiprocessors=2, clusters=new, async_copies=not wide)
+    monkeypatch.setattr(launch, "_device", lambda index: device)
+    return device
+
+
+def assert_close_rows(gradient, expected):
+    """To the bounds of float32, or one rounding. (To bf16 the interpreter cuts digits off where a GPU rounds.)"""
+    bound = 5e-6 if gradient.dtype == torch.float32 else 2**-7
+    assert ((gradient.double() - expected).norm(dim=1) <= bound * expected.norm(dim=1) + 3e-7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("K", [16, 129, 1000, 1024, 4097, 8192, 10001, 16384, 20000, 32768, 32771, 131073])
+def test_every_line_of_the_table(K, dtype, device, on_triton):
+    # More rows than programs at a time; one that is ignored among them.
+    logits, target, _ = problem(7, K, {}, dtype=dtype)
+    target[0], target[1], target[3], target[5] = 0, K - 1, -100, K // 2
+    logits[3] = torch.nan
+    kept = target != -100
+    for recompute in (False, True):
+        loss, _, gradient = loss_and_gradient(logits, target, reduction="sum", recompute=recompute, backend=on_triton)
+        true_loss, _, true_gradient = truth(logits[kept], target[kept], reduction="sum")
+        torch.testing.assert_close(loss.double(), true_loss, rtol=5e-6, atol=1e-6)
+        assert_close_rows(gradient[kept], true_gradient)
+        assert (gradient[3] == 0).all()
+
+
+def test_rows_of_any_offset(device, on_triton):
+    # K and the distance of rows are odd: every row begins at another offset from multiples of 16 bytes.
+    for dtype, K in ((torch.float32, 1021), (torch.bfloat16, 1021), (torch.bfloat16, 20011), (torch.bfloat16, 1028)):
+        logits, _, _ = problem(17, K, {}, dtype=dtype)
+        target = torch.tensor([0, 1, 7, 8, 9, K - 1, K - 2, K - 8, K - 9, K // 2, 0, 0, 3, K - 1, K - 1, 5, 6])
+        for matrix in (logits, torch.cat([logits, logits], 1)[:, :K], logits[3:]):
+            g = target[-matrix.shape[0] :]
+            _, _, gradient = loss_and_gradient(matrix, g, reduction="sum", recompute=False, backend=on_triton)
+            assert_close_rows(gradient, truth(matrix, g, reduction="sum")[2])
+
+
+@pytest.mark.parametrize("size", [1e4, 1e9, 3e9, 1e20, 1e38])
+def test_huge_logits(size, launch, on_triton):
+    logits = torch.tensor([0.3, 1.0, -1.0, 0.999, -0.7] * 40)[None] * size
+    for target in ([1], [3], [2]):
+        for recompute in (False, True):
+            loss, _, gradient = loss_and_gradient(
+                logits, torch.tensor(target), recompute=recompute, reg_weight=0.0, backend=on_triton
+            )
+            expected = torch.nn.functional.cross_entropy(logits.double(), torch.tensor(target))
+            torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+            expected = truth(logits, torch.tensor(target), reg_weight=0.0)[2]
+            torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("K", EDGES + LONG)

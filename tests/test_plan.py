@@ -13,8 +13,8 @@ MI300X = Device(warp_size=64, multiprocessors=304, clusters=False, async_copies=
 MANY = 10**6
 
 
-def of(num_classes, device=H100, num_rows=MANY, element_size=2, holds_rows=True, plain=True):
-    return plan(num_rows, num_classes, element_size, holds_rows=holds_rows, plain=plain, device=device)
+def of(num_classes, device=H100, num_rows=MANY, element_size=2, holds_rows=True, plain=True, aligned=True):
+    return plan(num_rows, num_classes, element_size, holds_rows=holds_rows, aligned=aligned, plain=plain, device=device)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,13 @@ def test_options_take_registers():
     assert of(8192, plain=False)[:7] == ("resident", 1, 4096, 2, 16, 1, 0)
     assert of(8193, plain=False)[:6] == ("cluster", 1, 8192, 2, 4, 8)
     assert of(131073, plain=False).path == "loop"
+    assert of(300000, plain=False)[4:] == (16, 1, 0, MANY, 128)
+
+
+def test_rows_that_are_not_aligned_are_not_on_their_way():
+    for num_classes in (5000, 16383, 200000):
+        how = of(num_classes)
+        assert of(num_classes, aligned=False) == how._replace(stages=0, programs=MANY)
 
 
 @pytest.mark.parametrize("device", [H100, A100, OLD, MI300X])
