@@ -235,14 +235,13 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
         slots.plot(K, per_logit, color=color, marker="o", ms=4, label=dtype)
         budget = MULTIPROCESSORS[H100] * 4 * 32 * CLOCK / (COPY / (2 * getattr(torch, dtype).itemsize))
         slots.axhline(budget, color=color, ls="--", lw=1)
-        slots.annotate(f"{dtype}: what a copy takes", (K[-1], budget), (0, 3), textcoords="offset points", ha="right",
-                       color=color, fontsize=8)  # fmt: skip
+        slots.text(1100, budget, f"{dtype}: a copy's time", color=color, fontsize=8, va="bottom")
         if lines[0]["bound"]:
             share.plot(K, [float(row["predicted_fraction_of_copy"]) for row in lines], color=color, marker="o", ms=4)
     slots.set_ylabel("instructions for each logit, forward + backward")
     slots.set_title(f"Counted, {rows[0]['target']}, Triton {rows[0]['triton']}", loc="left", fontsize=10)
     slots.set_ylim(0)
-    slots.legend(frameon=False, loc="center right")
+    slots.legend(frameon=False, loc="upper right")
     share.set_title("PREDICTED share of an H100's copy bandwidth", loc="left", fontsize=10)
     share.set_ylim(0, 1.05)
     for axes in (slots, share):

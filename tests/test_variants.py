@@ -49,7 +49,7 @@ def test_variants_compile(target):
             for kind in (True, False)
         )
         assert resident >= {2**i for i in range(4, 13)}
-        assert {256, 4096, 8192} <= loops
+        assert {256, 4096} <= loops
         assert {1, 8, 16} == {line["ctas"] for line in lines}
 
 
@@ -65,7 +65,7 @@ for i, N in enumerate((3, 5, 7)):
     logits, target = torch.zeros(N, 1000, dtype=torch.bfloat16), torch.zeros(N, dtype=torch.long)
     options = options_of(
         c=(0.5, 1e-7, 1e-3)[i], reg_weight=(0.0, 1.0, 0.3)[i], ignore_index=(-100, -2, -3)[i],
-        label_smoothing=(0.1, 0.5, 1.0)[i], z_loss=(0.0, 1.0, 0.1)[i], softcap=(1.0, 2.0, 30.0)[i],
+        label_smoothing=(0.1, 0.5, 1.0)[i], z_loss=(0.5, 1.0, 0.1)[i], softcap=(1.0, 2.0, 30.0)[i],
     )
     triton_launch.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(N), *options)
     triton_launch.scale_gradient_(torch.zeros(N, 1000), torch.tensor(0.5))
@@ -97,3 +97,21 @@ print(launches[-1].compiled.asm["ttgir"])
     # What is left are the edges of a window, a class a thread.
     assert {int(width or 0) for _, width, _ in stores} <= {widest, widest // 8}
     assert sum(int(width or 0) == widest for _, width, _ in stores) >= 2
+
+
+def test_the_next_row_is_on_its_way():
+    code = """
+import torch
+from cross_compile import Code, compile_only
+from helpers import options_of
+from sre_triton import launch as triton_launch
+
+launches = compile_only("sm_90")
+for num_classes in (4096, 8192, 16384, 262144):
+    logits, target = torch.empty(999, num_classes, dtype=torch.bfloat16), torch.zeros(999, dtype=torch.long)
+    triton_launch.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(999), *options_of())
+    text = Code(launches[-1].compiled).text
+    # Of 16 bytes each: four tiles before the loop over the rows, and four in it; what is loaded directly is not a tile.
+    print(text.count("LDGSTS.E.BYPASS.128"), text.count("LDG.E.128"))
+"""
+    assert run("-c", code).split() == ["0", "4", *["8", "0"] * 3]
