@@ -96,8 +96,11 @@ def _gradient_of_tile(inputs, opts, z, y, wy, numbers, coefficients, V: tl.const
     else:
         share, _ = shares(inputs, opts, V)
         coef_u = column(coef_u * (1.0 - share), z)
+        if V.SMOOTHED:
+            wy = share
+    has_y: tl.constexpr = V.HAS_Y or V.SMOOTHED
     return gradient_of(
-        z, wy, columns(numbers, z), column(coef_e, z), coef_u, column(scale, z), opts.softcap, V.HAS_Y, V.PTX
+        z, wy, columns(numbers, z), column(coef_e, z), coef_u, column(scale, z), opts.softcap, has_y, V.PTX
     )
 
 
@@ -179,7 +182,16 @@ def _store_no_gradient(inputs, gradient_ptr, gradient_stride, rows, counted, V: 
 
 
 @triton.jit
-def _lse_of_tiles(tiles, edge, V: tl.constexpr):
+def _smoothed(lse, inputs, opts, V: tl.constexpr):
+    """The statistics of a row with y, from those with 1 in its place."""
+    m, exp_sum, _, z_sum, _ = lse
+    zero = zeros(V)
+    share, _ = shares(inputs, opts, V)
+    return m, exp_sum, zero + opts.label_smoothing, share * z_sum, zero
+
+
+@triton.jit
+def _lse_of_tiles(inputs, opts, tiles, edge, V: tl.constexpr):
     """m, s and the sums with y of rows that are held as tiles, and the reference of s."""
     z, _, wy, given = tiles
     edge_z = None
@@ -196,6 +208,12 @@ def _lse_of_tiles(tiles, edge, V: tl.constexpr):
             edge_yz += edge_y * (finite_maximum(edge[0]) - finite)
             y_sum, yz_sum, omega = y_sum + edge_y, yz_sum + edge_yz, omega + edge_omega
         return (m, exp_sum, sum_of_row(y_sum), sum_of_row(yz_sum), sum_of_row(omega)), reference
+    elif V.SMOOTHED:
+        finite = column(finite_maximum(m), z[0])
+        _, z_sum, _ = sums_of_y(z, wy, wy, finite, V.ADJACENT, V.CTAS)
+        if V.WINDOW:
+            z_sum += tl.where(edge[1] == 0, 0.0, edge[0] - finite)
+        return _smoothed((m, exp_sum, zeros(V), sum_of_row(z_sum), zeros(V)), inputs, opts, V), reference
     else:
         return (m, exp_sum, zeros(V), zeros(V), zeros(V)), reference
 
@@ -216,7 +234,7 @@ def _last_step(inputs, V: tl.constexpr):
 def _walk_lse(inputs, opts, rows, counted, window, edge, V: tl.constexpr):
     """What `_lse_of_tiles` returns, of rows in memory."""
     if V.WINDOW:
-        lse = lse_of_edge(edge[0], edge[2], edge[3], V.HAS_Y)
+        lse = lse_of_edge(edge[0], edge[2], edge[3], V.HAS_Y or V.SMOOTHED)
     else:
         none, zero = full_tile(V.BLOCK_K // 8, -INF, V), full_tile(V.BLOCK_K // 8, 0.0, V)
         # Triton 3.6 and 3.8 rewrite a sum in a loop that begins at a constant, and fail if it is used twice afterwards.
@@ -225,12 +243,16 @@ def _walk_lse(inputs, opts, rows, counted, window, edge, V: tl.constexpr):
     last = _last_step(inputs, V)
     for start in range(0, last, V.TILES * V.BLOCK_K):
         z, _, wy, given = load_tiles(inputs, opts, rows, counted, window, start, V.TILES, V)
-        lse = add_to_lse(lse, z, wy, given, V.HAS_Y, V.ADJACENT)
+        lse = add_to_lse(lse, z, wy, given, V.HAS_Y or V.SMOOTHED, V.ADJACENT)
     z, _, wy, given = load_tiles(inputs, opts, rows, counted, window, last, 0, V)
-    lse = add_to_lse(lse, z, wy, given, V.HAS_Y, V.ADJACENT)
+    lse = add_to_lse(lse, z, wy, given, V.HAS_Y or V.SMOOTHED, V.ADJACENT)
     m = largest_of_row(lse[0])
     reference = reference_of(m, V.PTX)
-    return lse_of_rows(lse, reference, m, zeros(V), V.HAS_Y), reference
+    lse = lse_of_rows(lse, reference, m, zeros(V), V.HAS_Y or V.SMOOTHED)
+    if V.SMOOTHED:
+        return _smoothed(lse, inputs, opts, V), reference
+    else:
+        return lse, reference
 
 
 @triton.jit
@@ -278,7 +300,7 @@ def _rows_of_row_loss(
     if V.RESIDENT:
         if tiles is None:
             tiles = load_tiles(inputs, opts, rows, counted, window, 0, V.FULL, V)
-        lse, reference = _lse_of_tiles(tiles, edge, V)
+        lse, reference = _lse_of_tiles(inputs, opts, tiles, edge, V)
     else:
         lse, reference = _walk_lse(inputs, opts, rows, counted, window, edge, V)
     lse = lse_with_targets(inputs, opts, lse, targets, V)

@@ -99,7 +99,8 @@ def _launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, optio
     if "gradient_ptr" in arguments:
         arguments["gradient_stride"] = 0 if gradient is None else gradient.stride(0) // align
 
-    has_y = probabilities or opts.label_smoothing is not None
+    smoothed = opts.label_smoothing is not None
+    has_y = probabilities or (smoothed and weight is not None)
     holds_rows = kernel is row_loss_kernel
     with _on(logits.device):
         gpu = _gpu(logits.device.index)
@@ -133,6 +134,7 @@ def _launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, optio
             V=Variant(
                 PROBABILITIES=probabilities,
                 HAS_Y=has_y,
+                SMOOTHED=smoothed and not has_y,
                 RESIDENT=how.path != "loop",
                 STAGES=how.stages,
                 ROWS=how.rows,

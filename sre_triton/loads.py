@@ -110,7 +110,10 @@ def place_of_edge(inputs, rows, window, V: tl.constexpr):
 
 @triton.jit
 def _load(inputs, opts, rows, place, MASKED: tl.constexpr, V: tl.constexpr):
-    """z, and if HAS_Y y, w y, and w y before smoothing; -inf and 0 where there is nothing or the row is not counted."""
+    """z, and if HAS_Y y, w y, and w y before smoothing; -inf and 0 where there is nothing or the row is not counted.
+
+    If SMOOTHED, 1 takes the place of y.
+    """
     offsets, classes, _, mask = place
     if not MASKED:
         mask = None
@@ -137,6 +140,11 @@ def _load(inputs, opts, rows, place, MASKED: tl.constexpr, V: tl.constexpr):
             w = tl.load(inputs.weight_ptr + classes, mask=exists, other=0.0)
             wy, given = w.to(tl.float32) * y, w.to(tl.float32) * given
         return z, y, wy, given
+    elif V.SMOOTHED:
+        there = tl.zeros_like(z) + 1.0
+        if mask is not None:
+            there = tl.where(mask, there, 0.0)
+        return z, there, there, there
     else:
         return z, z, z, z  # the last three for nobody
 

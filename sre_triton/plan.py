@@ -15,9 +15,10 @@
 Clusters need compute capability 9.0 and Triton 3.8; without them rows of more than 16384 classes take the loop. Where
 there are fewer rows than multiprocessors, a cluster has as many smaller blocks as fill the GPU. (Without clusters such
 a batch leaves it idle: splitting rows over programs that cannot wait for each other takes three launches, and its
-traffic is what it is.) Half as many classes fit where a class has more than its logit: a target probability, a weight,
-a softcap. Then, and where rows do not begin at multiples of 16 bytes, no row is on its way while another is computed:
-the registers would not suffice. Kernels that do not hold rows, for the parts of the loss, take the loop.
+traffic is what it is.) Half as many classes fit where a class has more than its logit: a target probability, a weight
+that is smoothed, a softcap. Then, and where rows do not begin at multiples of 16 bytes, no row is on its way while
+another is computed: the registers would not suffice. Kernels that do not hold rows, for the parts of the loss, take the
+loop.
 """
 
 from typing import NamedTuple

@@ -49,7 +49,8 @@ class Variant(NamedTuple):
     """What is compiled in."""
 
     PROBABILITIES: bool  # the target is probabilities, not class indices
-    HAS_Y: bool  # y differs from 0 at other classes than the target
+    HAS_Y: bool  # every class has a y or a w y of its own
+    SMOOTHED: bool  # all classes have the same y, but the target
     RESIDENT: bool  # a row is held in registers
     STAGES: int  # rows that are on their way into a program at the same time; 0 where a program has one set of rows
     ROWS: int  # rows of a program at a time
