@@ -105,9 +105,11 @@ def _sass(text: str) -> Iterator[Instruction | str]:
             predicate, code = match.groups()
             if code.startswith("NOP"):
                 continue
-            jump = re.match(r"BRA\b.*`\((\.L_\w+)\)", code)
+            jump = re.match(r"(?:BRA|CALL\.REL\.NOINC)\b(.*)`\((\.L_\w+)\)", code)
             leaves = code.startswith(("BRA", "EXIT", "RET"))
-            yield Instruction(code, jump[1] if jump else None, bool(predicate) or not leaves)
+            # A condition stands before the instruction or among its operands.
+            conditional = bool(predicate) or (jump and re.search(r"\bU?P\d", jump[1]))
+            yield Instruction(code, jump[2] if jump else None, bool(conditional) or not leaves)
 
 
 def _gcn(text: str) -> Iterator[Instruction | str]:
@@ -145,39 +147,54 @@ def _blocks(lines: Iterator[Instruction | str]) -> list[_Block]:
     return blocks
 
 
+def _components(nodes: list[int], following: Callable[[int], list[int]]) -> list[list[int]]:
+    """The strongly connected components, each after those that it leads to: Tarjan's algorithm."""
+    number, lowest, stack, components = {}, {}, [], []
+
+    def visit(node: int) -> None:
+        number[node] = lowest[node] = len(number)
+        stack.append(node)
+        for other in following(node):
+            if other not in number:
+                visit(other)
+            if other in stack:
+                lowest[node] = min(lowest[node], lowest[other])
+        if lowest[node] == number[node]:
+            place = stack.index(node)
+            components.append(stack[place:])
+            del stack[place:]
+
+    for node in nodes:
+        if node not in number:
+            visit(node)
+    return components
+
+
 def _heaviest_path(
-    blocks: list[_Block], first: int, last: int, trips: Callable[[int], float], depth: int = 0
+    blocks: list[_Block], nodes: list[int], entry: int, trips: Callable[[int], float], depth: int = 0
 ) -> Counter:
-    """Of the paths from a block to behind another, with loops among them taken as often as they run."""
+    """Of the paths through some blocks from one of them on, with loops among them taken as often as they run."""
     place = {label: i for i, block in enumerate(blocks) for label in block.labels}
-    # The loops that are not inside others: from the block that is jumped back to, to the one that jumps.
-    loops = {}
-    for i in range(first, last + 1):
-        head = place.get(blocks[i].target, len(blocks))
-        if first <= head <= i and (head, i) != (first, last):
-            loops[head] = max(i, loops.get(head, i))
-    for head, back in sorted(loops.items()):
-        if any(other < head and back <= end for other, end in loops.items()):
-            del loops[head]
+
+    def following(node: int) -> list[int]:
+        jumps = [place[blocks[node].target]] if blocks[node].target in place else []
+        falls = [node + 1] if blocks[node].falls_through else []
+        # What leads back to the entry makes this the body of a loop, which its caller counts.
+        return [i for i in jumps + falls if i in nodes and (i != entry or depth == 0)]
+
     best = {}
-    nothing = Counter()
-    inside = {i for head, back in loops.items() for i in range(head + 1, back + 1)}
-    for i in reversed(range(first, last + 1)):
-        if i in inside:
-            continue
-        end = loops.get(i, i)
-        count = blocks[i].count
-        if i in loops:
-            body = _heaviest_path(blocks, i, end, trips, depth + 1)
-            runs = trips(depth)
-            count = Counter({text: n * runs for text, n in body.items()})
-        ways = []
-        for block in range(i, end + 1):
-            following = [place[blocks[block].target]] if blocks[block].target in place else []
-            following += [block + 1] if blocks[block].falls_through else []
-            ways += [best.get(j, nothing) for j in following if not i <= j <= end or (i == end and j != i)]
-        best[i] = count + max(ways, key=Counter.total, default=nothing)
-    return best[first]
+    for component in _components(nodes, following):
+        if len(component) > 1 or component[0] in following(component[0]):
+            outside = [i for node in nodes if node not in component for i in following(node)]
+            head = next((node for node in component if node in outside), component[0])
+            body = _heaviest_path(blocks, component, head, trips, depth + 1)
+            count = Counter({text: n * trips(depth) for text, n in body.items()})
+        else:
+            count = blocks[component[0]].count
+        ways = [best[i] for node in component for i in following(node) if i not in component]
+        whole = count + max(ways, key=Counter.total, default=Counter())
+        best |= dict.fromkeys(component, whole)
+    return best[entry]
 
 
 class Code:
@@ -224,7 +241,7 @@ class Code:
     def executed(self, trips: Callable[[int], float]) -> "Executed":
         """What a thread executes at most; trips(depth) says how often a loop runs, of 0 if it is in no other."""
         blocks = _blocks(_sass(self.text) if self.is_cuda else _gcn(self.text))
-        return Executed(_heaviest_path(blocks, 0, len(blocks) - 1, trips))
+        return Executed(_heaviest_path(blocks, list(range(len(blocks))), 0, trips))
 
 
 class Executed(NamedTuple):

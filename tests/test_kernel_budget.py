@@ -1,9 +1,11 @@
 """The code of the kernels is no larger than it was, and within its budget."""
 
 import csv
+import importlib
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 PERF = Path(__file__).parents[1] / "perf"
+
 COUNTS = ("instructions_per_lane", "special_per_lane", "barriers_per_row", "spill_bytes", "registers")
 
 
@@ -25,6 +28,11 @@ def budget(*arguments):
 @pytest.fixture(scope="module")
 def table():
     return budget()
+
+
+@pytest.fixture(autouse=True)
+def _perf(monkeypatch):
+    monkeypatch.syspath_prepend(PERF)
 
 
 def case(row):
@@ -58,3 +66,39 @@ def test_no_count_has_risen(name, table, request):
         for count in COUNTS:
             # A hundredth is what registers that come to lie differently may cost.
             assert float(row[count]) <= 1.01 * float(committed[case(row)][count]) + 0.05, (count, row)
+
+
+def sass(*lines):
+    """As the disassembler prints it: labels, and instructions with their addresses."""
+    return "\n".join(
+        line if line.startswith(".") else f"        /*{i:04x}*/   {line} ;" for i, line in enumerate(lines)
+    )
+
+
+def executed(*lines, trips=(10, 100)):
+    cross_compile = importlib.import_module("cross_compile")
+    blocks = cross_compile._blocks(cross_compile._sass(sass(*lines)))
+    path = cross_compile._heaviest_path(blocks, list(range(len(blocks))), 0, lambda depth: trips[depth])
+    counts = Counter()
+    for text, n in path.items():
+        counts[text.split()[0]] += n
+    return counts
+
+
+def test_of_two_branches_the_heavier_is_counted():
+    light = ("@!P0 BRA `(.L_x_0)", "FADD", "FADD", "BRA `(.L_x_1)", ".L_x_0:", "FMUL", ".L_x_1:", "EXIT")
+    assert executed(*light) == {"BRA": 2, "FADD": 2, "EXIT": 1}
+    heavy = ("@!P0 BRA `(.L_x_0)", "FADD", "BRA `(.L_x_1)", ".L_x_0:", *["FMUL"] * 3, ".L_x_1:", "EXIT")
+    assert executed(*heavy) == {"BRA": 1, "FMUL": 3, "EXIT": 1}
+
+
+def test_loops_are_counted_as_often_as_they_run():
+    loop = ("FADD", ".L_x_0:", "FMUL", "@P0 BRA `(.L_x_0)", "NOP", "EXIT")
+    assert executed(*loop) == {"FADD": 1, "FMUL": 10, "BRA": 10, "EXIT": 1}
+    nested = (".L_x_0:", "FADD", ".L_x_1:", "FMUL", "@P0 BRA `(.L_x_1)", "BRA !UP0, `(.L_x_0)", "EXIT")
+    assert executed(*nested) == {"FADD": 10, "FMUL": 1000, "BRA": 1010, "EXIT": 1}
+    # ptxas leaves a loop by a call as well, and a way out may lie before what leads to it.
+    called = (".L_x_0:", "FMUL", "@P3 CALL.REL.NOINC `(.L_x_1)", "BRA `(.L_x_0)", ".L_x_1:", "FADD", "EXIT")
+    assert executed(*called) == {"FMUL": 10, "CALL.REL.NOINC": 10, "BRA": 10, "FADD": 1, "EXIT": 1}
+    early = ("BRA `(.L_x_1)", ".L_x_0:", "EXIT", ".L_x_1:", "FADD", "BRA `(.L_x_0)")
+    assert executed(*early) == {"BRA": 2, "FADD": 1, "EXIT": 1}
