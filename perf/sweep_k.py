@@ -146,8 +146,11 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, object]]]:
                     before = reset_peak(args.device)
                     try:
                         elapsed = seconds_of(lambda name=name: step(name), args.device)
-                    except torch.OutOfMemoryError:
+                    except Exception as error:
+                        if not isinstance(error, torch.OutOfMemoryError) and (name not in field or field[name].ours):
+                            raise
                         del seconds[name]  # it has no row for this K
+                        progress.write(f"{name} at K = {num_classes}: {type(error).__name__}: {str(error)[:200]}")
                         continue
                     if round_ >= 0:
                         seconds[name].append(elapsed)

@@ -14,12 +14,16 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
     ops.py         the primitives' signatures, registered with PyTorch
     tiles.py       Triton: the mathematics of a tile of classes
     rows.py        Triton: the numbers of a row
+    loads.py       Triton: where a row's classes lie in memory
     kernels.py     Triton: the kernels
-    launch.py      Triton: the primitives, launched on a GPU
+    scalars.py     Triton: the small kernels of a step, for the mean and the upstream gradient
+    plan.py        which way a kernel takes: the table
+    launch.py      the primitives, launched on a GPU
     passes.py      torch.compile: the mathematics of a block of rows
     fallback.py    torch.compile: the primitives, block by block
     backend.py     chooses between them
     checks.py      user input -> errors that say what was expected and what came
+    autograd.py    the two ways to the gradient
     loss.py        the public function
     modules.py     the nn.Module
 """

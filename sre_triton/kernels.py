@@ -21,6 +21,7 @@ from .loads import (
     at_targets,
     counted_targets,
     full_tile,
+    last_step,
     load_edge,
     load_rows,
     load_tiles,
@@ -178,7 +179,7 @@ def _store_no_gradient(inputs, gradient_ptr, gradient_stride, rows, counted, V: 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The walks over the tiles of a row. `edge` is what `_load_edge` returns.
+# The walks over the tiles of a row. `edge` is what `load_edge` returns.
 
 
 @triton.jit
@@ -219,18 +220,6 @@ def _lse_of_tiles(inputs, opts, tiles, edge, V: tl.constexpr):
 
 
 @triton.jit
-def _last_step(inputs, V: tl.constexpr):
-    """Where the last step of a walk begins; before it there are only full tiles."""
-    shortest = inputs.num_classes * V.ALIGN
-    if V.WINDOW:
-        shortest -= 2 * (V.VECTOR - 1)
-    if V.ROWS > 1:
-        return 0
-    else:
-        return (shortest - 1) // (V.TILES * V.BLOCK_K) * (V.TILES * V.BLOCK_K)
-
-
-@triton.jit
 def _walk_lse(inputs, opts, rows, counted, window, edge, V: tl.constexpr):
     """What `_lse_of_tiles` returns, of rows in memory."""
     if V.WINDOW:
@@ -240,7 +229,7 @@ def _walk_lse(inputs, opts, rows, counted, window, edge, V: tl.constexpr):
         # Triton 3.6 and 3.8 rewrite a sum in a loop that begins at a constant, and fail if it is used twice afterwards.
         zero += tl.program_id(0).to(tl.float32) * 0.0
         lse = none, zero, zero, zero, zero
-    last = _last_step(inputs, V)
+    last = last_step(inputs, V)
     for start in range(0, last, V.TILES * V.BLOCK_K):
         z, _, wy, given = load_tiles(inputs, opts, rows, counted, window, start, V.TILES, V)
         lse = add_to_lse(lse, z, wy, given, V.HAS_Y or V.SMOOTHED, V.ADJACENT)
@@ -258,7 +247,7 @@ def _walk_lse(inputs, opts, rows, counted, window, edge, V: tl.constexpr):
 @triton.jit
 def _walk_sums(inputs, opts, rows, counted, window, edge, numbers, V: tl.constexpr):
     """Σ h and Σ u as `_sums_of_rows` has them, of rows in memory."""
-    last = _last_step(inputs, V)
+    last = last_step(inputs, V)
     h_sum, u_sum = _sums_of_tiles(load_tiles(inputs, opts, rows, counted, window, last, 0, V), numbers, V)
     for start in range(0, last, V.TILES * V.BLOCK_K):
         tiles = load_tiles(inputs, opts, rows, counted, window, start, V.TILES, V)
@@ -272,7 +261,7 @@ def _walk_sums(inputs, opts, rows, counted, window, edge, numbers, V: tl.constex
 def _walk_gradient(
     inputs, opts, gradient_ptr, gradient_stride, rows, counted, window, numbers, coefficients, V: tl.constexpr
 ):  # fmt: skip
-    last = _last_step(inputs, V)
+    last = last_step(inputs, V)
     for start in range(0, last, V.TILES * V.BLOCK_K):
         tiles = load_tiles(inputs, opts, rows, counted, window, start, V.TILES, V)
         _store_gradient_of_tiles(

@@ -18,6 +18,8 @@ from .scalars import inverse_count_kernel, scale_gradient_kernel, scaled_sum_ker
 INTERPRETED = triton.knobs.runtime.interpret
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
+# Hopper, Blackwell, Blackwell Ultra; the consumers' cards are newer, but have smaller clusters.
+CLUSTERS_OF_16 = (90, 100, 103)
 # One program reads the numbers of so many rows in a few microseconds; PyTorch's two launches take as long.
 FEW_ROWS = 65536
 # Programs that multiply a stored gradient: enough for the bandwidth of a GPU, and few to start and end if there is
@@ -45,7 +47,7 @@ def _device(index: int | None) -> Device:
     return Device(
         warp_size=gpu.warp_size,
         multiprocessors=multiprocessors,
-        clusters=nvidia and gpu.arch >= 90 and TRITON_VERSION >= (3, 8),
+        clusters=nvidia and gpu.arch in CLUSTERS_OF_16 and TRITON_VERSION >= (3, 8),
         async_copies=nvidia and gpu.arch >= 80,
     )
 

@@ -63,13 +63,29 @@ def at_targets(inputs, opts, rows, target, counted, V: tl.constexpr):
 
 
 @triton.jit
+def last_step(inputs, V: tl.constexpr):
+    """Where the last step of a walk begins; before it there are only full tiles."""
+    shortest = inputs.num_classes * V.ALIGN
+    if V.WINDOW:
+        shortest -= 2 * (V.VECTOR - 1)
+    if V.ROWS > 1:
+        return 0
+    else:
+        return (shortest - 1) // (V.TILES * V.BLOCK_K) * (V.TILES * V.BLOCK_K)
+
+
+@triton.jit
 def window_of(inputs, rows, V: tl.constexpr):
     """Where the tiles of a row begin, in elements from the pointer, the class there, and the number of classes."""
     begin = rows * inputs.logits_stride * V.ALIGN
     K = inputs.num_classes * V.ALIGN
     if V.WINDOW:
         first = (begin + (V.VECTOR - 1)) // V.VECTOR * V.VECTOR
-        return first, (first - begin).to(tl.int32), ((begin + K) // V.VECTOR * V.VECTOR - first).to(tl.int32)
+        length = ((begin + K) // V.VECTOR * V.VECTOR - first).to(tl.int32)
+        if not V.RESIDENT:
+            # Some rows have a vector more than the last step of a walk; it goes with the edge.
+            length = tl.minimum(length, last_step(inputs, V) + V.TILES * V.BLOCK_K)
+        return first, (first - begin).to(tl.int32), length
     else:
         return begin, 0, K
 

@@ -65,7 +65,7 @@ class Plan(NamedTuple):
     tiles: int  # tiles of a row, or of a step of a loop
     num_warps: int  # of a thread block
     num_ctas: int  # thread blocks of a cluster
-    stages: int  # rows under way in a program that goes from row to row, else 0
+    stages: int  # of the loop over rows, where a program goes from row to row: 2, the next is on its way; else 0
     programs: int
     registers: int  # of a thread, at most
 
@@ -102,7 +102,8 @@ def plan(
         while num_ctas < LARGEST_CLUSTER and 2 * num_ctas * num_rows <= device.multiprocessors:
             num_ctas *= 2  # few rows: as many blocks as there are multiprocessors
         stages = 2 if moves_on and threads // num_ctas == RESIDENT_THREADS else 0
-        programs = min(num_rows, device.multiprocessors // MULTIPROCESSORS_PER_CLUSTER) if stages else num_rows
+        places = max(1, device.multiprocessors // MULTIPROCESSORS_PER_CLUSTER)
+        programs = min(num_rows, places) if stages else num_rows
         num_tiles, num_warps = -(-num_classes // block_k), threads // num_ctas // warp
         return Plan("cluster", 1, block_k, num_tiles, num_warps, num_ctas, stages, programs, RESIDENT_REGISTERS)
 

@@ -143,7 +143,9 @@ def numbers_of(opts, reference, exp_sum, counted, PTX: tl.constexpr):
     off = (whole + c_whole) + (rest + c_rest)
     more = (rest + c_rest) - (off - (whole + c_whole))
     sc = exp_sum * c
-    return (factor, product, off, sc - sc * (more * LN_2)), exp_sum, (whole + (rest - lost)) * LN_2
+    # Not 0, nor so small that its reciprocal is infinite, which with a tiny c it would be for huge logits.
+    sc = tl.maximum(sc - sc * (more * LN_2), 2e-38, propagate_nan=tl.PropagateNan.ALL)
+    return (factor, product, off, sc), exp_sum, (whole + (rest - lost)) * LN_2
 
 
 @triton.jit

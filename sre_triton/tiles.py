@@ -30,7 +30,7 @@ INF = tl.constexpr(float("inf"))
 FLOOR = tl.constexpr(-1e4)
 
 # Where m is larger, m log2 e may be rounded by more than 2 has exponents. Neighbouring floats are more than 64 apart
-# there: with a smaller factor than log2 e, all but the largest logits still have no probability.
+# there: with a smaller factor than log2 e, all but the largest logits still have probabilities below 2^-90.
 LARGEST = tl.constexpr(2.0**30)
 
 # Groups of 2^3 classes: sixteen bytes of bf16, which one instruction reads.

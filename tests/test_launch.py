@@ -43,20 +43,25 @@ def assert_close_rows(gradient, expected):
     assert ((gradient.double() - expected).norm(dim=1) <= bound * expected.norm(dim=1) + 3e-7).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("K", [16, 129, 1000, 1024, 4097, 8192, 10001, 16384, 20000, 32768, 32771, 131073])
+@pytest.mark.parametrize(
+    ("K", "dtype"),
+    [
+        *((K, torch.float32) for K in (16, 129, 1000, 8192, 16384, 20000, 131073)),
+        *((K, torch.bfloat16) for K in (1024, 4097, 10001, 16384, 32771)),
+    ],
+    ids=str,
+)
 def test_every_line_of_the_table(K, dtype, device, on_triton):
     # More rows than programs at a time; one that is ignored among them.
-    logits, target, _ = problem(7, K, {}, dtype=dtype)
+    logits, target, _ = problem(6, K, {}, dtype=dtype)
     target[0], target[1], target[3], target[5] = 0, K - 1, -100, K // 2
     logits[3] = torch.nan
     kept = target != -100
-    for recompute in (False, True):
-        loss, _, gradient = loss_and_gradient(logits, target, reduction="sum", recompute=recompute, backend=on_triton)
-        true_loss, _, true_gradient = truth(logits[kept], target[kept], reduction="sum")
-        torch.testing.assert_close(loss.double(), true_loss, rtol=5e-6, atol=1e-6)
-        assert_close_rows(gradient[kept], true_gradient)
-        assert (gradient[3] == 0).all()
+    loss, _, gradient = loss_and_gradient(logits, target, reduction="sum", recompute=False, backend=on_triton)
+    true_loss, _, true_gradient = truth(logits[kept], target[kept], reduction="sum")
+    torch.testing.assert_close(loss.double(), true_loss, rtol=5e-6, atol=1e-6)
+    assert_close_rows(gradient[kept], true_gradient)
+    assert (gradient[3] == 0).all()
 
 
 def test_rows_of_any_offset(device, on_triton):
@@ -68,6 +73,24 @@ def test_rows_of_any_offset(device, on_triton):
             g = target[-matrix.shape[0] :]
             _, _, gradient = loss_and_gradient(matrix, g, reduction="sum", recompute=False, backend=on_triton)
             assert_close_rows(gradient, truth(matrix, g, reduction="sum")[2])
+
+
+@pytest.mark.parametrize("K", [521, 525, 526, 1036, 8198, 8203])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_windows_longer_than_the_steps_of_a_walk(K, dtype, on_triton):
+    # In some rows a window is a vector longer than in the others; with the ends of steps there, it has its own step.
+    for num_classes in (K, K - K % 8 + 5):
+        logits, target, _ = problem(9, num_classes, {}, dtype=dtype)
+        _, _, gradient = loss_and_gradient(logits, target, reduction="sum", recompute=True, backend=on_triton)
+        assert_close_rows(gradient, truth(logits, target, reduction="sum")[2])
+
+
+def test_huge_logits_with_a_tiny_c(on_triton):
+    logits = torch.zeros(1, 300)
+    logits[0, 0] = 400000416.0
+    loss, _, gradient = loss_and_gradient(logits, torch.tensor([0]), c=1e-30, backend=on_triton)
+    assert loss == 0
+    assert (gradient == 0).all()
 
 
 @pytest.mark.parametrize("size", [1e4, 1e9, 3e9, 1e20, 1e38])

@@ -68,6 +68,12 @@ def test_few_rows_fill_the_gpu():
     assert of(16384, num_rows=3).programs == 3
 
 
+def test_small_gpus_have_programs():
+    for multiprocessors in range(1, 21):
+        for num_classes in (10, 5000, 16384, 20000, 200000):
+            assert of(num_classes, H100._replace(multiprocessors=multiprocessors)).programs >= 1
+
+
 def test_options_take_registers():
     assert of(8192, plain=False)[:7] == ("resident", 1, 4096, 2, 16, 1, 0)
     assert of(8193, plain=False)[:6] == ("cluster", 1, 8192, 2, 4, 8)

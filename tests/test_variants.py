@@ -50,7 +50,7 @@ def test_variants_compile(target):
         )
         assert resident >= {2**i for i in range(4, 13)}
         assert {256, 4096} <= loops
-        assert {1, 8, 16} == {line["ctas"] for line in lines}
+        assert {1, 16} <= {line["ctas"] for line in lines}
 
 
 def test_numbers_are_not_compiled_in():

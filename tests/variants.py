@@ -1,6 +1,6 @@
 """Compiles the kernels for a GPU that is not there, through the launcher, and reports what came out.
 
-    python tests/variants.py sm_90 > sm_90.jsonl               every tile, and variants in which any two settings meet
+    python tests/variants.py sm_90 > sm_90.jsonl               variants in which any two settings meet
     python tests/variants.py sm_90 --random 4000 > ...         as many at random, about one a second
 
 One JSON object a line: the call, the kernel, its variant, and its warps, registers, bytes of spill, widest access and
@@ -69,19 +69,6 @@ def every_pair(settings: dict, seed: int = 0) -> list[dict]:
     return calls
 
 
-def defaults() -> list[dict]:
-    """Every tile with no option set."""
-    first = {name: values[0] for name, values in SETTINGS.items()}
-    tiles = [
-        {"width": width, "dtype": dtype, "less": less}
-        for width in WIDTHS
-        for dtype in (torch.bfloat16, torch.float32)
-        for less in (0, 1)
-    ]
-    # One class, and one vector of classes: a number that is 1 is compiled in.
-    return [first | tile for tile in (*tiles, {"less": 15}, {"less": 8})]
-
-
 def make(call: dict) -> None:
     """Call a primitive on tensors that nobody looks into."""
     N, K = call["rows"], call["width"] - call["less"]
@@ -130,7 +117,7 @@ def main() -> None:
     if args.random:
         calls = [{name: random.choice(values) for name, values in SETTINGS.items()} for _ in range(args.random)]
     else:
-        calls = every_value(SETTINGS) if args.values else [*defaults(), *every_pair(SETTINGS)]
+        calls = every_value(SETTINGS) if args.values else every_pair(SETTINGS)
     for call in tqdm(calls, unit="kernel", disable=not sys.stderr.isatty()):
         make(call)
         made = launches[-1]
