@@ -23,9 +23,7 @@ def run(*command):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_variants_compile(target):
-    # On the most common GPU all pairs of settings, on the others every value.
-    arguments = [] if target == "sm_90" else ["--values"]
-    lines = [json.loads(line) for line in run(FOLDER / "variants.py", target, *arguments).splitlines()]
+    lines = [json.loads(line) for line in run(FOLDER / "variants.py", target, "--values").splitlines()]
     warp_size = 64 if target == "gfx942" else 32
     assert {line["kernel"] for line in lines} == {
         "row_loss_kernel",
@@ -43,14 +41,6 @@ def test_variants_compile(target):
             if line["primitive"] == "row_gradient" and line["target"] == "indices":
                 # After the targets' logits are read, which in place the gradient is about to overwrite.
                 assert line["barriers"] == 1, line
-    if target == "sm_90":
-        resident, loops = (
-            {line["variant"]["BLOCK_K"] for line in lines if line["variant"].get("RESIDENT") is kind}
-            for kind in (True, False)
-        )
-        assert resident >= {2**i for i in range(4, 13)}
-        assert {256, 4096} <= loops
-        assert {1, 16} <= {line["ctas"] for line in lines}
 
 
 def test_numbers_are_not_compiled_in():
