@@ -64,7 +64,7 @@ from .tiles import (
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The gradient of tiles
+# Sums over tiles, and their gradient
 
 
 @triton.jit

@@ -292,6 +292,7 @@ def inverse_count(target: Tensor, weight: Tensor | None, num_classes: int, ignor
             ignore_index=ignore_index,
             BLOCK=1024,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return factor
 
@@ -307,5 +308,6 @@ def scaled_sum(numbers: Tensor, factor: Tensor) -> Tensor:
             num_rows=numbers.shape[0],
             BLOCK=1024,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return total

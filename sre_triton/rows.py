@@ -52,7 +52,7 @@ class Variant(NamedTuple):
     HAS_Y: bool  # every class has a y or a w y of its own
     SMOOTHED: bool  # all classes have the same y, but the target
     RESIDENT: bool  # a row is held in registers
-    STAGES: int  # rows that are on their way into a program at the same time; 0 where a program has one set of rows
+    STAGES: int  # of the loop over rows, where a program goes from row to row; 0 where it has one set of rows
     ROWS: int  # rows of a program at a time
     BLOCK_K: int  # classes of a tile
     TILES: int  # tiles of a row that is resident, or in one step of a loop
