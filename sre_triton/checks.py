@@ -154,16 +154,24 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_i
             raise ValueError("weight: expected one that requires no gradient with class indices; detach it")
 
 
-def check_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Class indices on a CPU; on a GPU looking would stall it, and while tracing there is nothing to look at."""
-    if target.device.type != "cpu" or is_watched():
-        return
+def check_range(target: Tensor, num_classes: int, ignore_index: int) -> bool:
+    """Class indices on a CPU; on a GPU looking would stall it, and while tracing there is nothing to look at.
+
+    Returns:
+        True where it has seen that no row is ignored.
+    """
+    if target.device.type != "cpu" or is_watched() or target.numel() == 0:
+        return False
+    low, high = torch.aminmax(target)
+    if low.item() >= 0 and high.item() < num_classes:  # on a CPU
+        return not 0 <= ignore_index < num_classes
     outside = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
     if outside.any():
         first = target[outside][0].item()  # on a CPU, for the error's text
         raise IndexError(
             f"target: expected class indices from 0 to {num_classes - 1} or ignore_index={ignore_index}, got {first}"
         )
+    return False
 
 
 def check_inplace(input: Tensor) -> None:

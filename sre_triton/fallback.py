@@ -4,10 +4,16 @@ Each primitive is a plain function on a block of rows, compiled once for every s
 called block after block. A block is small enough to stay in the processor's cache, so the matrix itself crosses
 the memory bus once in and once out, however often the compiled loops walk over a block. Without a C++ compiler the
 same blocks run uncompiled.
+
+On an NVIDIA or AMD GPU without Triton, and wherever else Inductor cannot compile, the blocks run uncompiled as well;
+on Apple's MPS and on Intel's XPU ``torch.compile`` is asked like on a CPU. No machine with one of these has run it.
 """
 
-import functools
+import inspect
 import itertools
+import logging
+import threading
+import time
 import types
 import warnings
 from collections.abc import Callable
@@ -15,12 +21,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .ops import new_gradient, primitive
-from .passes import Flags, Numbers, gradient_pass, lse_pass, sums_pass
+from .ops import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, primitive
+from .passes import SHORT, Numbers, gradient_pass, loss_and_gradient_pass, loss_pass, lse_pass, sums_pass
 from .reference import compute_dtype
 
 # Bytes of logits, in the dtype of the arithmetic, in one block of rows. 4 MiB was best or within 5 % of the best of
-# 1, 2, 4 and 8 at K = 1000, 32768 and 262144 (fp32, 2 cores).
+# 1, 2, 4, 8 and 16 at K = 1000, 32768 and 262144 (fp32, 2 cores).
 BLOCK_BYTES = 4 * 2**20
 
 NO_COMPILER = (
@@ -30,84 +36,138 @@ NO_COMPILER = (
 )
 NO_TRITON = "sre_triton runs uncompiled, several times slower, as torch.compile cannot serve this GPU: {}"
 
+logger = logging.getLogger("sre_triton")
 
-@functools.cache
-def _compiled(function: Callable, flags: Flags, *key) -> Callable:
-    """The compiled function, one for each key.
+_lock = threading.Lock()
+_compiled: dict[tuple, Callable] = {}
+_uncompiled: set[str] = set()  # types of devices that nothing can be compiled for
 
-    ``torch.compile`` keeps what it compiled, and counts it against its limit of recompilations, by code object. Each
-    key gets a code object of its own, so that no set of options pushes another one out.
+
+def _tensor_guards(guards: list) -> list[bool]:
+    """Which of its guards Dynamo checks at each call: of shapes only.
+
+    Dtypes and devices are in the key of what is compiled, strides are checked by the compiled code, and none of the
+    modes that Dynamo would compile again for (number of threads, autocast, determinism, inference) changes this code.
     """
-
-    def body(*args):
-        return function(*args, flags)
-
-    code = body.__code__.replace(co_name=function.__name__)
-    return torch.compile(types.FunctionType(code, globals(), closure=body.__closure__), dynamic=True, fullgraph=True)
+    return [guard.guard_type == "SHAPE_ENV" for guard in guards]
 
 
-_has_compiler = True
+INDUCTOR = {
+    "guard_filter_fn": _tensor_guards,
+    # Fused multiplication and addition.
+    "cpp.enable_floating_point_contract_flag": "fast",
+    # What several loops use is stored if it is made of more than five tensors: u, but not the gradient.
+    "realize_reads_threshold": 5,
+    # As many threads as there are at each call, not as there were, nor as the first call's size was worth.
+    "cpp.dynamic_threads": True,
+}
 
 
-def _call(function: Callable, flags: Flags, logits: Tensor, *args):
-    """One pass over one block of rows, compiled where there is a compiler."""
-    global _has_compiler
-    if _has_compiler and logits.numel():
-        num_rows, num_classes = logits.shape
-        device = logits.device.type
-        key = (
-            *(arg if arg is None else (arg.dtype, arg.dim()) for arg in (logits, *args[:-1])),
-            # What torch.compile compiles again for as well: shapes and modes.
-            (num_rows == 1, num_classes == 1, num_classes < 12),
-            (torch.is_inference_mode_enabled(), logits.is_inference()),
-            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-            torch.are_deterministic_algorithms_enabled(),
-        )
-        try:
-            return _compiled(function, flags, device, *key)(logits, *args)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            missing = (torch._inductor.exc.InvalidCxxCompiler, torch._inductor.exc.CppCompileError)
-            if not isinstance(error.inner_exception, missing):
-                raise
-            _has_compiler = False
-            warnings.warn(NO_COMPILER.format(type(error.inner_exception).__name__), RuntimeWarning, stacklevel=2)
-        except torch._dynamo.exc.ShortenTraceback as error:
-            # What Inductor needs on a GPU, and is not there or does not serve this one.
-            if type(error).__name__ not in ("TritonMissing", "GPUTooOldForTriton"):
-                raise
-            _has_compiler = False
-            warnings.warn(NO_TRITON.format(error), RuntimeWarning, stacklevel=2)
-    return function(logits, *args, flags)
+def _stand_in(name: str, arg, num_classes: int):
+    """Zeros of the dtype and number of dimensions of an argument: what is compiled depends on no shape that came."""
+    if isinstance(arg, tuple):
+        items = [_stand_in(name, item, num_classes) for item in arg]
+        return type(arg)(*items) if hasattr(arg, "_fields") else tuple(items)
+    if arg is None:
+        return None
+    return arg.new_zeros((num_classes,) if name == "weight" else (96, num_classes)[: arg.dim()])
 
 
-def _by_blocks(logits: Tensor, compute: Callable, *, scratch: bool) -> list[Tensor]:
-    """``compute(rows, z, e)`` for each block of rows, z its logits, e scratch; puts together what it returns."""
+def _compile(key: tuple, function: Callable, args: tuple) -> Callable:
+    """The function compiled, or where that cannot be, the function."""
+    logits = args[0]
+    what = f"{function.__name__} for {str(logits.dtype).removeprefix('torch.')} logits on {logits.device}"
+    logger.warning("compiling %s, once for each set of options: 5 to 20 seconds, unless Inductor has it cached", what)
+    # torch.compile keeps what it compiled, and counts it against its limit, by code object: each key has its own.
+    code = function.__code__.replace(co_name=f"{function.__name__}_{len(_compiled)}")
+    clone = types.FunctionType(code, function.__globals__)
+    compiled = torch.compile(clone, dynamic=True, fullgraph=True, options=dict(INDUCTOR))
+    names = inspect.signature(function).parameters
+    start = time.perf_counter()
+    try:
+        num_classes = SHORT // 2 if logits.shape[1] <= SHORT else 2 * SHORT
+        compiled(*(_stand_in(name, arg, num_classes) for name, arg in zip(names, args, strict=True)))
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        missing = (torch._inductor.exc.InvalidCxxCompiler, torch._inductor.exc.CppCompileError)
+        if not isinstance(error.inner_exception, missing):
+            raise
+        warning = NO_COMPILER.format(type(error.inner_exception).__name__)
+    except torch._dynamo.exc.ShortenTraceback as error:
+        # What Inductor needs on a GPU, and is not there or does not serve this one.
+        if type(error).__name__ not in ("TritonMissing", "GPUTooOldForTriton"):
+            raise
+        warning = NO_TRITON.format(error)
+    else:
+        logger.info("compiled %s in %.1f s", what, time.perf_counter() - start)
+        return compiled
+    _uncompiled.add(logits.device.type)
+    warnings.warn(warning, RuntimeWarning, stacklevel=2)
+    return function
+
+
+def _key(arg) -> object:
+    if isinstance(arg, tuple):
+        return tuple(map(_key, arg))
+    return arg if arg is None else (arg.dtype, arg.dim(), arg.device)
+
+
+def _compiles(logits: Tensor) -> bool:
+    """One row and fewer than eight classes are shapes that would each be compiled anew."""
+    return logits.shape[0] > 1 and logits.shape[1] >= 8 and logits.device.type not in _uncompiled
+
+
+def _call(function: Callable, logits: Tensor, *args):
+    """One pass over some rows, compiled where it can be."""
+    if not _compiles(logits):
+        return function(logits, *args)
+    key = (function.__name__, logits.shape[1] > SHORT, _key(logits), *map(_key, args))
+    compiled = _compiled.get(key)
+    if compiled is None:
+        with _lock:
+            compiled = _compiled.get(key)
+            if compiled is None:
+                compiled = _compiled[key] = _compile(key, function, (logits, *args))
+    return compiled(logits, *args)
+
+
+@torch.no_grad()
+def _rows(logits: Tensor, gradient: Tensor | None, numbers: Numbers, count: int, compute: Callable) -> Tensor:
+    """The first ``count`` numbers of each row, (count, N), from ``compute(rows, z, out)``.
+
+    Half precision and rows that do not lie one after another are copied into z, block by block, and so is everything
+    that leaves matrices as large as the logits in between, which so stay in the cache: softcap, and what is not
+    compiled. The gradient may be written over z: each element of it is the last that is computed from its logit.
+    """
     num_rows, num_classes = logits.shape
     dtype = compute_dtype(logits.dtype)
-    # At least two rows a block: a dimension of one is a compilation of its own.
+    if logits.dtype == dtype and logits.is_contiguous() and _compiles(logits) and numbers.softcap is None:
+        rows = slice(0, num_rows)
+        return compute(rows, logits, gradient)[:, :count].t().contiguous()
+    # At least two rows a block: one row is not compiled.
     num_blocks = max(1, min(num_rows * num_classes * dtype.itemsize // BLOCK_BYTES, num_rows // 2))
     bounds = [num_rows * i // num_blocks for i in range(num_blocks + 1)]
-    logits = logits.detach()
-    e = logits.new_empty(-(-num_rows // num_blocks), num_classes, dtype=dtype) if scratch else None
-    with torch.no_grad():
-        parts = [
-            compute(slice(start, stop), logits[start:stop].contiguous(), e[: stop - start] if scratch else None)
-            for start, stop in itertools.pairwise(bounds)
-        ]
-        return list(parts[0]) if num_blocks == 1 else [torch.cat(numbers, -1) for numbers in zip(*parts, strict=True)]
+    scratch = logits.new_empty(-(-num_rows // num_blocks), num_classes, dtype=dtype)
+    results = logits.new_empty(count, num_rows, dtype=dtype)
+    for start, stop in itertools.pairwise(bounds):
+        rows, z = slice(start, stop), scratch[: stop - start]
+        z.copy_(logits[rows])
+        out = z if gradient is None or not gradient.is_contiguous() else gradient[rows]
+        results[:, rows] = compute(rows, z, out)[:, :count].t()
+        if gradient is not None and out is z:
+            gradient[rows] = z
+    return results
 
 
-def _gradient(logits, gradient, rows, z, target, weight, stats, scale, e, numbers: Numbers, flags: Flags) -> None:
-    """One block of the gradient, which may be the logits."""
-    inplace = gradient is logits
-    out = None if inplace else gradient[rows]
-    at_target = _call(gradient_pass, flags, z, target, weight, stats, scale, e, out, numbers)
-    out = z if inplace else out
-    if at_target is not None:
-        index = torch.where((target >= 0) & (target < out.shape[1]), target, 0)
-        out.scatter_(1, index.unsqueeze(1), at_target.unsqueeze(1).to(out.dtype))
-    if inplace and not logits.is_contiguous():
-        logits[rows].copy_(z)
+def _fill(gradient: Tensor, logits: Tensor, target: Tensor, numbers: Numbers, count: int, compute: Callable) -> Tensor:
+    """The same with a gradient: of each row, ``count`` numbers are returned, and the next is that of the target."""
+    gradient = gradient.detach()
+    results = _rows(logits.detach(), gradient, numbers, count + 1, compute)
+    num_rows, num_classes = gradient.shape
+    if target.dim() == 1 and num_classes > 0:
+        # Where the target is none of the classes, the row is NaN or 0 anyway.
+        index = torch.arange(num_rows, device=target.device), target.clamp(0, num_classes - 1)
+        gradient.index_put_(index, results[count].to(gradient.dtype))
+    return results[:count]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,80 +177,70 @@ def _gradient(logits, gradient, rows, z, target, weight, stats, scale, e, number
 def _prepared(logits, target, weight, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap):
     """Target and weight in the dtypes of the arithmetic, and the options as the passes take them."""
     dtype = compute_dtype(logits.dtype)
+
+    def number(value):
+        return torch.tensor(value, dtype=dtype, device="cpu") if value > 0 else None
+
     numbers = Numbers(
-        c.to(dtype),
-        c.double().log().to(dtype),
-        reg_weight.to(dtype),
+        c,
+        reg_weight.double() if reg_weight.device.type == "cpu" else reg_weight,
         torch.tensor(ignore_index, device="cpu"),
-        torch.tensor(label_smoothing, dtype=dtype, device="cpu"),
-        torch.tensor(z_loss, dtype=dtype, device="cpu"),
-        torch.tensor(softcap, dtype=dtype, device="cpu"),
+        number(label_smoothing),
+        number(z_loss),
+        number(softcap),
     )
-    flags = Flags(smoothing=label_smoothing > 0, softcap=softcap > 0)
-    target = target.contiguous() if target.dim() == 2 else target.long()
-    return target, None if weight is None else weight.to(dtype), numbers, flags
-
-
-def _fill_gradient(gradient, logits, target, weight, stats, scale, *options) -> None:
-    target, weight, numbers, flags = _prepared(logits, target, weight, *options)
-    scale = scale.contiguous()
-
-    def compute(rows, z, e):
-        block_stats = stats[:, rows].contiguous()
-        _gradient(logits, gradient, rows, z, target[rows], weight, block_stats, scale[rows], None, numbers, flags)
-        return ()
-
-    _by_blocks(logits, compute, scratch=False)
-
-
-def _losses_and_fill_gradient(gradient, logits, target, weight, scale, *options) -> Tensor:
-    target, weight, numbers, flags = _prepared(logits, target, weight, *options)
-    scale = scale.contiguous()
-
-    def compute(rows, z, e):
-        lse = _call(lse_pass, flags, z, target[rows], weight, e, numbers)
-        sums, losses = _call(sums_pass, flags, z, target[rows], lse, e, numbers)
-        stats = torch.cat([lse, sums])
-        _gradient(logits, gradient, rows, z, target[rows], weight, stats, scale[rows], e, numbers, flags)
-        return (losses,)
-
-    return _by_blocks(logits, compute, scratch=True)[0]
+    target = target.to(dtype).contiguous() if target.dim() == 2 else target.long()
+    return target, None if weight is None else weight.to(dtype).contiguous(), numbers
 
 
 @primitive("compile")
 def row_lse(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> Tensor:
     """m, exp_sum, y_sum, yz_sum, omega of each row: (5, N)."""
-    target, weight, numbers, flags = _prepared(logits, target, weight, *options)
-
-    def compute(rows, z, e):
-        return (_call(lse_pass, flags, z, target[rows], weight, e, numbers),)
-
-    return _by_blocks(logits, compute, scratch=True)[0]
+    target, weight, numbers = _prepared(logits, target, weight, *options)
+    return _rows(logits, None, numbers, NUM_LSE, lambda rows, z, _: _call(lse_pass, z, target[rows], weight, numbers))
 
 
 @primitive("compile")
 def row_sums(logits: Tensor, target: Tensor, stats: Tensor, *options) -> Tensor:
     """h_sum and u_sum of each row, (2, N), from the (5, N) of row_lse."""
-    target, _, numbers, flags = _prepared(logits, target, None, *options)
+    target, _, numbers = _prepared(logits, target, None, *options)
 
-    def compute(rows, z, e):
-        return _call(sums_pass, flags, z, target[rows], stats[:, rows].contiguous(), None, numbers)[:1]
+    def compute(rows, z, _):
+        return _call(sums_pass, z, target[rows], stats[:, rows].unbind(), numbers)[1]
 
-    return _by_blocks(logits, compute, scratch=False)[0]
+    return _rows(logits, None, numbers, NUM_SUMS, compute)
 
 
 @primitive("compile")
 def row_loss(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> tuple[Tensor, Tensor]:
     """The losses of each row, (4, N), and its statistics, (7, N), from which row_gradient goes on."""
-    target, weight, numbers, flags = _prepared(logits, target, weight, *options)
+    target, weight, numbers = _prepared(logits, target, weight, *options)
 
-    def compute(rows, z, e):
-        lse = _call(lse_pass, flags, z, target[rows], weight, e, numbers)
-        sums, losses = _call(sums_pass, flags, z, target[rows], lse, e, numbers)
-        return losses, torch.cat([lse, sums])
+    def compute(rows, z, _):
+        return _call(loss_pass, z, target[rows], weight, numbers)[1]
 
-    losses, stats = _by_blocks(logits, compute, scratch=True)
-    return losses, stats
+    losses = _rows(logits, None, numbers, NUM_LOSSES + NUM_STATS, compute)
+    return losses[:NUM_LOSSES], losses[NUM_LOSSES:].clone()
+
+
+def _row_gradient(gradient, logits, target, weight, stats, scale, *options) -> None:
+    target, weight, numbers = _prepared(logits, target, weight, *options)
+    stats, scale = stats.contiguous(), scale.contiguous()
+
+    def compute(rows, z, out):
+        return _call(gradient_pass, z, target[rows], weight, stats[:, rows].unbind(), scale[rows], out, numbers)
+
+    _fill(gradient, logits, target, numbers, 0, compute)
+
+
+def _row_loss_and_gradient(gradient, logits, target, weight, scale, *options) -> Tensor:
+    target, weight, numbers = _prepared(logits, target, weight, *options)
+    scale = scale.contiguous()
+
+    def compute(rows, z, out):
+        return _call(loss_and_gradient_pass, z, target[rows], weight, scale[rows], out, numbers)[1]
+
+    return _fill(gradient, logits, target, numbers, NUM_LOSSES, compute)
 
 
 @primitive("compile")
@@ -199,7 +249,7 @@ def row_gradient(
 ) -> Tensor:
     """The gradient of scale * loss, (N, K) in the dtype of the logits."""
     gradient = new_gradient(logits)
-    _fill_gradient(gradient, logits, target, weight, stats, scale, *options)
+    _row_gradient(gradient, logits, target, weight, stats, scale, *options)
     return gradient
 
 
@@ -209,18 +259,18 @@ def row_loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The losses of each row, (4, N), and the gradient of scale * loss, (N, K), from one read of the logits."""
     gradient = new_gradient(logits)
-    return _losses_and_fill_gradient(gradient, logits, target, weight, scale, *options), gradient
+    return _row_loss_and_gradient(gradient, logits, target, weight, scale, *options), gradient
 
 
 def row_gradient_(logits, target, weight, stats, scale, *options) -> Tensor:
     """:func:`row_gradient` written over the logits, in eager code only."""
-    _fill_gradient(logits, logits, target, weight, stats, scale, *options)
+    _row_gradient(logits, logits, target, weight, stats, scale, *options)
     return logits.detach()
 
 
 def row_loss_and_gradient_(logits, target, weight, scale, *options) -> tuple[Tensor, Tensor]:
     """:func:`row_loss_and_gradient` with the gradient written over the logits, in eager code only."""
-    losses = _losses_and_fill_gradient(logits, logits, target, weight, scale, *options)
+    losses = _row_loss_and_gradient(logits, logits, target, weight, scale, *options)
     return losses, logits.detach()
 
 

@@ -25,11 +25,11 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.movedim(1, -1).flatten(0, -2)
 
 
-def _factor(reduction, denominator, rows, target, weight, ignore_index, backend) -> Tensor:
+def _factor(reduction, denominator, rows, target, weight, ignore_index, none_ignored, backend) -> Tensor:
     """What the sum of the rows' losses is multiplied by, ()."""
     dtype = compute_dtype(rows.dtype)
     if reduction == "mean" and denominator is None:
-        if target.dim() == 2:
+        if target.dim() == 2 or (none_ignored and weight is None):
             denominator = rows.shape[0]
         elif few_launches(rows, backend):
             return primitives(backend).inverse_count(target, weight, rows.shape[1], ignore_index)
@@ -157,7 +157,7 @@ def self_regularized_entropy(
     indices = target.shape != input.shape
     if indices:
         target = target.long()  # before anything is compared with it: in uint8, 300 is 44
-        check_range(target, num_classes, ignore_index)
+    none_ignored = indices and check_range(target, num_classes, ignore_index)
     wants_gradient = torch.is_grad_enabled() and input.requires_grad
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if inplace and wants_gradient and not torch.compiler.is_compiling():
@@ -199,7 +199,7 @@ def self_regularized_entropy(
     else:
         reg_weight = one * reg_weight
     reg_weight = reg_weight * per_class
-    factor = _factor(reduction, denominator, rows, target, weight, ignore_index, name)
+    factor = _factor(reduction, denominator, rows, target, weight, ignore_index, none_ignored, name)
     options = (
         one * c,
         reg_weight,

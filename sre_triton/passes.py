@@ -1,4 +1,4 @@
-"""The mathematics of one block of rows, in three passes that the fallback compiles.
+"""The mathematics of one block of rows, as the fallback compiles it.
 
 Per class, from d = z - m (m the row's maximum) and off = log exp_sum + log c:
 
@@ -9,6 +9,13 @@ Per class, from d = z - m (m the row's maximum) and off = log exp_sum + log c:
     u = t μ (1 - μ)            = -dh/dt
 
 and the gradient is  coef_p p + coef_u u - coef_1  with the target's own value written over it.
+
+All of it becomes one loop over the rows, in which a row is walked four times while it lies in the nearest cache. For
+that, Inductor must fuse all loops, and it fuses loops that take one row at a time; for tensors of one number a row, it
+would take a vector of them. So, in what is compiled, the numbers of a row are computed as (n, WIDTH), all columns the
+same; `_pack` collects them in the columns of one tensor, which is returned, since what is returned is stored and not
+derived again for every vector of classes; and `_columns` sums them out of it, as a reduction leaves one number a row
+without being a loop over many.
 """
 
 from typing import NamedTuple
@@ -18,57 +25,104 @@ from torch import Tensor
 
 from .reference import compute_dtype
 
+WIDTH = 16  # the widest vector of floats that a CPU has
+SHORT = 1024  # classes: 64 additions in each lane of that vector, and errors of at most 32 roundings
+
 
 class Numbers(NamedTuple):
-    """The scalar options as 0-dim tensors, so that another value is not another compilation."""
+    """The scalar options as 0-dim tensors, so that another value is not another compilation; None where not in use."""
 
     c: Tensor
-    log_c: Tensor
     reg_weight: Tensor
     ignore_index: Tensor
-    label_smoothing: Tensor
-    z_loss: Tensor
-    softcap: Tensor
+    label_smoothing: Tensor | None
+    z_loss: Tensor | None
+    softcap: Tensor | None
 
 
-class Flags(NamedTuple):
-    """The options that change the code."""
+class Row(NamedTuple):
+    """The statistics of ops.STATS, each (n, WIDTH)."""
 
-    smoothing: bool
-    softcap: bool
-
-
-# A number per row is a column, (n, 1).
-
-
-def _stack(*columns: Tensor) -> Tensor:
-    return torch.stack([column.squeeze(1) for column in columns])
+    m: Tensor
+    exp_sum: Tensor
+    y_sum: Tensor
+    yz_sum: Tensor
+    omega: Tensor
+    h_sum: Tensor | None = None
+    u_sum: Tensor | None = None
 
 
-def _columns(stats: Tensor) -> tuple[Tensor, ...]:
-    return stats.unsqueeze(2).unbind(0)
+def _wide(column: Tensor) -> Tensor:
+    """(n, 1) -> (n, WIDTH)."""
+    return column.expand(-1, WIDTH) if torch.compiler.is_compiling() else column
 
 
-def _loaded(*columns: Tensor) -> tuple[Tensor, ...]:
-    """The same columns as parts of one written tensor, so that the loops over the classes load their numbers.
+def _row(stats: tuple[Tensor, ...]) -> Row:
+    """From one (n,) for each number."""
+    return Row(*(_wide(number.unsqueeze(1)) for number in stats))
 
-    Otherwise Inductor derives them again for every vector of classes.
+
+def _pack(*numbers: Tensor) -> Tensor:
+    """A number a column: (n, WIDTH), or as many as there are."""
+    if not torch.compiler.is_compiling():
+        return torch.cat(numbers, 1)
+    column = torch.arange(WIDTH, dtype=numbers[0].dtype, device=numbers[0].device)
+    packed = numbers[0]
+    for i, number in enumerate(numbers[1:], 1):
+        packed = torch.where(column == i, number, packed)
+    return packed
+
+
+def _columns(packed: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
+    """The numbers of `_pack`, (n, 1), from the first on."""
+    if not torch.compiler.is_compiling():
+        return packed[:, first : first + count].split(1, 1)
+    column = torch.arange(WIDTH, dtype=packed.dtype, device=packed.device)
+    return tuple(torch.where(column == first + i, packed, 0).sum(1, keepdim=True) for i in range(count))
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Over the classes, (n, WIDTH).
+
+    In float32 a lane of a vector sums K / 16 numbers one after another, and small ones are lost beside large ones:
+    5e-6 of a sum of exponentials at K = 131072. The float64 that prevents it costs 15 % of a step at K = 1000.
     """
-    return _columns(_stack(*columns))
+    dtype = torch.float64 if x.shape[1] > SHORT and x.device.type != "mps" else x.dtype
+    return _wide(x.sum(1, keepdim=True, dtype=dtype)).to(x.dtype)
 
 
-def _capped(logits: Tensor, numbers: Numbers, flags: Flags) -> Tensor:
+def _max(z: Tensor) -> Tensor:
+    """Over the classes, (n, 1).
+
+    Of halves, and halves of these, which may overlap: a maximum waits for the one before, and long where it keeps NaN.
+    """
+    for _ in range(2):
+        half = (z.shape[1] + 1) // 2
+        z = torch.maximum(z[:, :half], z[:, -half:])
+    return z.amax(1, keepdim=True)
+
+
+def _capped(logits: Tensor, numbers: Numbers) -> Tensor:
     z = logits.to(compute_dtype(logits.dtype))
-    return numbers.softcap * torch.tanh(z / numbers.softcap) if flags.softcap else z
+    return z if numbers.softcap is None else numbers.softcap * torch.tanh(z / numbers.softcap)
 
 
-def _smoothed(y: Tensor, numbers: Numbers, num_classes: int) -> Tensor:
-    return (1 - numbers.label_smoothing) * y + numbers.label_smoothing / num_classes
+def _shares(numbers: Numbers, num_classes: int) -> tuple[Tensor | float, Tensor | float]:
+    """What label smoothing gives to every class, ε/K, and what it leaves to the target, 1 - ε."""
+    if numbers.label_smoothing is None:
+        return 0.0, 1.0
+    return numbers.label_smoothing / num_classes, 1 - numbers.label_smoothing
+
+
+def _smoothed(target: Tensor, z: Tensor, numbers: Numbers) -> Tensor:
+    """Target probabilities, y."""
+    share, kept = _shares(numbers, z.shape[1])
+    return kept * target.to(z.dtype) + share
 
 
 def _at_target(z: Tensor, target: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row: whether it is counted, its target class (0 if that is out of range), and the logit there."""
-    target = target[:, None]
+    target = _wide(target.unsqueeze(1))
     counted = target != numbers.ignore_index
     index = torch.where((target >= 0) & (target < z.shape[1]), target, 0)
     return counted, index, z.gather(1, index)
@@ -80,13 +134,13 @@ def _offset(exp_sum: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor, Tensor]:
     In float32 off is rounded by up to 1e-6. That would move every t of the row by as much, the same way, and where the
     u of many classes cancel in their sum it is this common error that does not.
     """
-    off = exp_sum.log() + numbers.log_c
+    off = exp_sum.log() + numbers.c.log()
     scaled = exp_sum * numbers.c
     return off, scaled * (-off).exp() - 1, 1 / scaled
 
 
 def _coin(d: Tensor, e: Tensor, off: Tensor, lost: Tensor, e_off: Tensor) -> tuple[Tensor, Tensor]:
-    """t and μ, from d, e = exp(d) and the columns of `_offset`."""
+    """t and μ, from d, e = exp(d) and the numbers of `_offset`."""
     x = e * e_off
     # At -inf logits t stays finite, so that nothing multiplies 0 by infinity; exp(-1e4) is 0 in every dtype. (Here
     # torch.where is clamp, NaN included, in fewer instructions. A named constant would become an input of the graph.)
@@ -94,146 +148,199 @@ def _coin(d: Tensor, e: Tensor, off: Tensor, lost: Tensor, e_off: Tensor) -> tup
     return t, torch.where(x > 1, 1, x) / (1 + x)
 
 
-def minus_log1p(mu: Tensor) -> Tensor:
-    """-log(1 - μ), from a logarithm and the rounding error of its argument.
+def minus_log1p_over(mu: Tensor) -> Tensor:
+    """-log(1 - μ) / μ for μ from 0 to 1/2.
 
-    Not log1p: Sleef's, for AVX-512, loads a constant under an empty mask, and where that page of the library was
-    never touched each such load is a fault that the processor suppresses, at 20 times the cost of the logarithm.
+    In float32 the polynomial of degree 9 that is nearest to it at Chebyshev's points, by up to 6e-9: as many
+    instructions as a third of a logarithm, and no digit is lost at small μ.
     """
-    r = 1 - mu
-    return (r - 1 + mu) - r.log()
+    if mu.dtype == torch.float64:
+        return torch.where(mu == 0, 1, -torch.log1p(-mu) / mu)
+    p = 1.733611947 * mu - 2.458961878
+    p = p * mu + 1.959870572
+    p = p * mu - 0.5900887025
+    p = p * mu + 0.3407464713
+    p = p * mu + 0.1754407727
+    p = p * mu + 0.2519567943
+    p = p * mu + 0.333255162
+    p = p * mu + 0.5000011986
+    return p * mu + 0.999999997
+
+
+def _h(t: Tensor, mu: Tensor) -> Tensor:
+    return mu * (t.abs() + minus_log1p_over(mu))
 
 
 def _u(t: Tensor, mu: Tensor) -> Tensor:
     return t * mu * (1 - mu)
 
 
-def _h_and_u(d: Tensor, e: Tensor, *offset: Tensor) -> tuple[Tensor, Tensor]:
+def _h_and_u(d: Tensor, e: Tensor, offset: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     t, mu = _coin(d, e, *offset)
-    return t.abs() * mu + minus_log1p(mu), _u(t, mu)
+    return _h(t, mu), _u(t, mu)
 
 
-def _sums_of_h_and_u(d: Tensor, e: Tensor, *offset: Tensor) -> tuple[Tensor, Tensor]:
-    """Over all classes, with one logarithm for four classes: Π (1 - μ) is kept as 1 - M, so that no digit is lost.
+def _lse(z: Tensor, target: Tensor, weight: Tensor | None, numbers: Numbers) -> tuple[Tensor, Tensor, Row]:
+    """d, exp(d), and the first five numbers of the rows."""
+    num_classes = z.shape[1]
+    share, kept = _shares(numbers, num_classes)
+    top = _max(z)
+    d = z - top
+    e = d.exp()
+    m, exp_sum = _wide(top), _sum(e)
+    if target.dim() == 2:
+        y = _smoothed(target, z, numbers)
+        y = y if weight is None else y * weight
+        omega = torch.ones_like(m) if weight is None else _sum(target.to(z.dtype) * weight)
+        return d, e, Row(m, exp_sum, _sum(y), _sum(torch.where(y == 0, 0, y * d)), omega)
+    _, index, z_g = _at_target(z, target, numbers)
+    omega = torch.ones_like(z_g) if weight is None else weight[index]
+    omega = torch.where(index == target.unsqueeze(1), omega, torch.nan)
+    y_sum = kept * omega
+    yz_sum = y_sum * (z_g - m)
+    if numbers.label_smoothing is not None:
+        y_sum = y_sum + share * (num_classes if weight is None else weight.sum())
+        yz_sum = yz_sum + share * _sum(d if weight is None else torch.where(weight == 0, 0, d * weight))
+    return d, e, Row(m, exp_sum, y_sum, yz_sum, omega)
 
-    The four lie a quarter of the row apart, so that each quarter is read as it lies in memory; what does not divide by
-    four comes after them (four to seven classes, as a slice of none or one would be a compilation of its own).
-    """
-    num_classes = d.shape[1]
-    if num_classes < 12:
-        h, u = _h_and_u(d, e, *offset)
-        return h.sum(1, keepdim=True), u.sum(1, keepdim=True)
-    quarter = num_classes // 4 - 1
-    h = u = M = 0.0
-    for i in range(4):
-        part = slice(i * quarter, (i + 1) * quarter)
-        t, mu = _coin(d[:, part], e[:, part], *offset)
-        h, u, M = h + t.abs() * mu, u + _u(t, mu), M + mu * (1 - M)
-    h = h + minus_log1p(M)
-    rest = slice(4 * quarter, None)
-    h_rest, u_rest = _h_and_u(d[:, rest], e[:, rest], *offset)
-    return (
-        h.sum(1, keepdim=True) + h_rest.sum(1, keepdim=True),
-        u.sum(1, keepdim=True) + u_rest.sum(1, keepdim=True),
-    )
+
+def _sums(
+    z: Tensor, h: Tensor, u: Tensor, row: Row, target: Tensor, offset: tuple[Tensor, ...], numbers: Numbers
+) -> tuple[Tensor, Tensor]:
+    """Σ (1 - y) h and Σ (1 - y) u."""
+    if target.dim() == 2:
+        wrong = 1 - _smoothed(target, z, numbers)
+        return _sum(wrong * h), _sum(wrong * u)
+    share, kept = _shares(numbers, z.shape[1])
+    _, _, z_g = _at_target(z, target, numbers)
+    t_g, mu_g = _coin(z_g - row.m, (z_g - row.m).exp(), *offset)
+    return (1 - share) * _sum(h) - kept * _h(t_g, mu_g), (1 - share) * _sum(u) - kept * _u(t_g, mu_g)
+
+
+def _losses(row: Row, target: Tensor, numbers: Numbers) -> tuple[Tensor, ...]:
+    """Loss, H, S, α lse²."""
+    log_sum = row.exp_sum.log()
+    cross_entropy = row.y_sum * log_sum - row.yz_sum
+    regularizer = row.omega * row.h_sum
+    loss = cross_entropy - numbers.reg_weight * regularizer
+    z_penalty = torch.zeros_like(loss)
+    if numbers.z_loss is not None:
+        z_penalty = numbers.z_loss * row.omega * (row.m + log_sum).square()
+    losses = loss + z_penalty, cross_entropy, regularizer, z_penalty
+    if target.dim() == 2:
+        return losses
+    counted = target.unsqueeze(1) != numbers.ignore_index
+    return tuple(torch.where(counted, number, 0) for number in losses)
+
+
+def _gradient_of(z: Tensor, e: Tensor, u: Tensor, coefs: tuple[Tensor | float, ...], numbers: Numbers) -> Tensor:
+    coef_e, coef_u, coef_1 = coefs
+    gradient = coef_e * e + coef_u * u - coef_1
+    return gradient if numbers.softcap is None else gradient * (1 - (z / numbers.softcap).square())
+
+
+def _coefficients(
+    z: Tensor,
+    row: Row,
+    target: Tensor,
+    weight: Tensor | None,
+    offset: tuple[Tensor, ...],
+    scale: Tensor,
+    numbers: Numbers,
+) -> tuple[Tensor, ...]:
+    """The gradient at the target, coef_p / exp_sum, coef_u, the scale, and whether the row is counted."""
+    share, kept = _shares(numbers, z.shape[1])
+    scale = _wide(scale.unsqueeze(1))
+    of_lse = -numbers.reg_weight * row.u_sum
+    if numbers.z_loss is not None:
+        of_lse = of_lse + 2 * numbers.z_loss * (row.m + row.exp_sum.log())
+    coef_e = scale * (row.y_sum + row.omega * of_lse) / row.exp_sum
+    coef_u = scale * row.omega * numbers.reg_weight
+    if target.dim() == 2:
+        return torch.zeros_like(coef_e), coef_e, coef_u, scale, torch.ones_like(coef_e)
+    counted, index, z_g = _at_target(z, target, numbers)
+    d_g = z_g - row.m
+    wy_g = kept * row.omega + (share if weight is None else share * weight[index])
+    coefs = coef_e, coef_u * (1 - share - kept), scale * wy_g
+    e_g = d_g.exp()
+    at_target = _gradient_of(z_g, e_g, _u(*_coin(d_g, e_g, *offset)), coefs, numbers)
+    return torch.where(counted, at_target, 0), coef_e, coef_u, scale, counted.to(z.dtype)
+
+
+def _gradient(z, e, u, target, weight, coefs, numbers: Numbers) -> Tensor:
+    """Of all classes, (n, K); what it says of the target class is to be written over."""
+    coef_e, coef_u, scale, counted = coefs
+    share, _ = _shares(numbers, z.shape[1])
+    if target.dim() == 2:
+        y = _smoothed(target, z, numbers)
+        wy = y if weight is None else y * weight
+        return _gradient_of(z, e, u, (coef_e, coef_u * (1 - y), scale * wy), numbers)
+    coef_1 = 0.0
+    if numbers.label_smoothing is not None:
+        coef_u = coef_u * (1 - share)
+        coef_1 = scale * share if weight is None else scale * share * weight
+    return torch.where(counted != 0, _gradient_of(z, e, u, (coef_e, coef_u, coef_1), numbers), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The passes, that leave exp(d) to each other in `e`. Row numbers come and go
-# as (count, n).
+# The passes over a block. They return numbers of the rows as `_pack` leaves them; of two such tensors, the first is
+# there to be stored only. `out` takes the gradient, or where that is None the logits do.
 
 
-def lse_pass(logits, target, weight, e, numbers: Numbers, flags: Flags) -> Tensor:
-    """m, exp_sum, y_sum, yz_sum, omega; fills ``e``."""
-    z = _capped(logits, numbers, flags)
-    num_classes = z.shape[1]
-    m = z.amax(1, keepdim=True)
+def lse_pass(logits, target, weight, numbers: Numbers) -> Tensor:
+    """The first five statistics."""
+    _, _, row = _lse(_capped(logits, numbers), target, weight, numbers)
+    return _pack(*row[:5])
+
+
+def sums_pass(logits, target, stats, numbers: Numbers) -> tuple[Tensor, Tensor]:
+    """The other two, from the five."""
+    z = _capped(logits, numbers)
+    row = _row(stats)
+    first = _pack(*_offset(row.exp_sum, numbers), row.m)
+    *offset, m = _columns(first, 0, 4)
     d = z - m
-    exp_d = d.exp()
-    e.copy_(exp_d)
-    # In float32 the small exponentials would be lost beside the large ones: 5e-6 of the sum at K = 131072.
-    wide = z.dtype if z.device.type == "mps" else torch.float64
-    exp_sum = exp_d.sum(1, keepdim=True, dtype=wide).to(z.dtype)
-    if target.dim() == 2:
-        y = target.to(z.dtype)
-        omega = torch.ones_like(m) if weight is None else (y * weight).sum(1, keepdim=True)
-        y = _smoothed(y, numbers, num_classes)
-        y = y if weight is None else y * weight
-        y_sum, yz_sum = y.sum(1, keepdim=True), torch.where(y == 0, 0, y * d).sum(1, keepdim=True)
-    else:
-        _, index, z_g = _at_target(z, target, numbers)
-        omega = torch.ones_like(z_g) if weight is None else weight[index]
-        omega = torch.where(index == target[:, None], omega, torch.nan)
-        y_g = (1 - numbers.label_smoothing) * omega
-        y_sum, yz_sum = y_g, y_g * (z_g - m)
-        if flags.smoothing:
-            share = numbers.label_smoothing / num_classes
-            y_sum = y_sum + share * (num_classes if weight is None else weight.sum())
-            wz = d if weight is None else torch.where(weight == 0, 0, d * weight)
-            yz_sum = yz_sum + share * wz.sum(1, keepdim=True)
-    return _stack(m, exp_sum, y_sum, yz_sum, omega)
+    h, u = _h_and_u(d, d.exp(), offset)
+    return first, _pack(*_sums(z, h, u, row, target, offset, numbers))
 
 
-def sums_pass(logits, target, lse, e, numbers: Numbers, flags: Flags) -> tuple[Tensor, Tensor]:
-    """h_sum, u_sum; loss, H, S, α lse²."""
-    z = _capped(logits, numbers, flags)
-    m, exp_sum, y_sum, yz_sum, omega = _columns(lse)
-    e = (z - m).exp() if e is None else e
-    offset = _loaded(*_offset(exp_sum, numbers))
-    if target.dim() == 2:
-        h, u = _h_and_u(z - m, e, *offset)
-        wrong = 1 - _smoothed(target.to(z.dtype), numbers, z.shape[1])
-        h_sum, u_sum = (wrong * h).sum(1, keepdim=True), (wrong * u).sum(1, keepdim=True)
-    else:
-        counted, _, z_g = _at_target(z, target, numbers)
-        h, u = _sums_of_h_and_u(z - m, e, *offset)
-        h_g, u_g = _h_and_u(z_g - m, (z_g - m).exp(), *offset)
-        all_classes, at_target = 1 - numbers.label_smoothing / z.shape[1], 1 - numbers.label_smoothing
-        h_sum, u_sum = all_classes * h - at_target * h_g, all_classes * u - at_target * u_g
-
-    log_sum = exp_sum.log()
-    cross_entropy = y_sum * log_sum - yz_sum
-    regularizer = omega * h_sum
-    z_penalty = numbers.z_loss * omega * (m + log_sum).square()
-    losses = _stack(cross_entropy - numbers.reg_weight * regularizer + z_penalty, cross_entropy, regularizer, z_penalty)
-    return _stack(h_sum, u_sum), losses if target.dim() == 2 else torch.where(counted.t(), losses, 0)
+def loss_pass(logits, target, weight, numbers: Numbers) -> tuple[Tensor, Tensor]:
+    """Losses and statistics."""
+    z = _capped(logits, numbers)
+    d, e, row = _lse(z, target, weight, numbers)
+    first = _pack(*_offset(row.exp_sum, numbers))
+    offset = _columns(first, 0, 3)
+    h, u = _h_and_u(d, e, offset)
+    row = Row(*row[:5], *_sums(z, h, u, row, target, offset, numbers))
+    return first, _pack(*_losses(row, target, numbers), *row)
 
 
-def gradient_pass(logits, target, weight, stats, scale, e, out, numbers: Numbers, flags: Flags) -> Tensor | None:
-    """Fills ``out``, or where that is None the logits, with the gradient.
+def gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> Tensor:
+    """The gradient at the target, (n,), from all seven statistics."""
+    z = _capped(logits, numbers)
+    row = _row(stats)
+    offset = _offset(row.exp_sum, numbers)
+    coefs = _coefficients(z, row, target, weight, offset, scale, numbers)
+    packed = _pack(*coefs, *offset, row.m)
+    *coefs, off, lost, e_off, m = _columns(packed, 1, 8)
+    d = z - m
+    e = d.exp()
+    u = _u(*_coin(d, e, off, lost, e_off))
+    gradient = _gradient(z, e, u, target, weight, coefs, numbers)
+    out.copy_(gradient)
+    return packed
 
-    For class indices it returns the gradient at the targets, (n,), which is to be written over what stands there.
-    """
-    z = _capped(logits, numbers, flags)
-    num_classes = z.shape[1]
-    m, exp_sum, y_sum, _, omega, _, u_sum = _columns(stats)
-    scale = scale.unsqueeze(1)
-    share = numbers.label_smoothing / num_classes
-    coef_p = scale * (y_sum + omega * (2 * numbers.z_loss * (m + exp_sum.log()) - numbers.reg_weight * u_sum))
-    coef_u = scale * omega * numbers.reg_weight
 
-    def gradient_at(z, e, m, off, lost, e_off, coef_e, coef_u, coef_1):
-        gradient = coef_e * e + coef_u * _u(*_coin(z - m, e, off, lost, e_off)) - coef_1
-        return gradient * (1 - (z / numbers.softcap).square()) if flags.softcap else gradient
-
-    e = (z - m).exp() if e is None else e
-    rows = (m, *_offset(exp_sum, numbers), coef_p / exp_sum)
-    if target.dim() == 2:
-        y = _smoothed(target.to(z.dtype), numbers, num_classes)
-        *rows, coef_u, scale = _loaded(*rows, coef_u, scale)
-        gradient = gradient_at(z, e, *rows, coef_u * (1 - y), scale * (y if weight is None else y * weight))
-        at_target = None
-    else:
-        counted, index, z_g = _at_target(z, target, numbers)
-        y_g = 1 - numbers.label_smoothing
-        wy_g = y_g * omega + (share if weight is None else share * weight[index])
-        at_target = gradient_at(z_g, (z_g - m).exp(), *rows, coef_u * (1 - share - y_g), scale * wy_g)
-        at_target = torch.where(counted, at_target, 0).squeeze(1)
-        *rows, coef_1, counted = _loaded(*rows, coef_u * (1 - share), scale * share, counted.to(z.dtype))
-        if not flags.smoothing:
-            coef_1 = 0.0
-        elif weight is not None:
-            coef_1 = coef_1 * weight
-        gradient = torch.where(counted != 0, gradient_at(z, e, *rows, coef_1), 0)
-    (logits if out is None else out).copy_(gradient)
-    return at_target
+def loss_and_gradient_pass(logits, target, weight, scale, out, numbers: Numbers) -> tuple[Tensor, Tensor]:
+    """The gradient at the target, and the losses."""
+    z = _capped(logits, numbers)
+    d, e, row = _lse(z, target, weight, numbers)
+    first = _pack(*_offset(row.exp_sum, numbers))
+    offset = _columns(first, 0, 3)
+    h, u = _h_and_u(d, e, offset)
+    row = Row(*row[:5], *_sums(z, h, u, row, target, offset, numbers))
+    at_target, *coefs = _coefficients(z, row, target, weight, offset, scale, numbers)
+    second = _pack(*_losses(row, target, numbers), at_target, *coefs)
+    gradient = _gradient(z, e, u, target, weight, _columns(second, 5, 4), numbers)
+    out.copy_(gradient)
+    return first, second

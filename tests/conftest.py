@@ -31,7 +31,7 @@ def _warned(monkeypatch):
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The blocks run as on a machine without a compiler, which takes no time to compile."""
-    monkeypatch.setattr(fallback, "_has_compiler", False)
+    monkeypatch.setattr(fallback, "_uncompiled", {"cpu"})
 
 
 # "triton" is the kernels in Triton's interpreter, "gpu" the same tests with their tensors on a GPU.

@@ -25,7 +25,7 @@ def test_none_is_eager_where_others_need_a_gradient():
 def test_an_explicit_backend_is_taken(name, monkeypatch, uncompiled):
     assert backend.choose(name, z, False) == name
     calls = []
-    monkeypatch.setattr(fallback, "lse_pass", lambda *args, f=fallback.lse_pass: calls.append(1) or f(*args))
+    monkeypatch.setattr(fallback, "loss_pass", lambda *args, f=fallback.loss_pass: calls.append(1) or f(*args))
     self_regularized_entropy(z, y, backend=name)
     assert bool(calls) == (name == "compile")
 

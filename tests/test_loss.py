@@ -295,9 +295,9 @@ def test_inplace_takes_the_storage_of_the_logits(view, reduction, recompute, row
     torch.testing.assert_close(source.grad[:, : seen.shape[1]], gradient)
 
 
-@pytest.mark.parametrize("has_compiler", [False, True])
-def test_inplace_is_seen_by_autograd(has_compiler, monkeypatch):
-    monkeypatch.setattr(fallback, "_has_compiler", has_compiler)
+@pytest.mark.parametrize("uncompiled", [set(), {"cpu"}], ids=["compiled", "uncompiled"])
+def test_inplace_is_seen_by_autograd(uncompiled, monkeypatch):
+    monkeypatch.setattr(fallback, "_uncompiled", uncompiled)
     source, target, _ = problem(6, 20, {}, probabilities=True)
     logits = source.requires_grad_().exp()  # whose backward reads its output
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

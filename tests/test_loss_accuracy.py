@@ -317,7 +317,7 @@ def test_any_combination(N, K, spread, probabilities, weighted, ignored, recompu
     if ignored and not probabilities:
         target[::2] = -100
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fallback, "_has_compiler", False)
+        patch.setattr(fallback, "_uncompiled", {"cpu"})
         loss, parts, gradient = loss_and_gradient(
             logits, target, reduction=reduction, recompute=recompute, backend="compile", **options
         )
