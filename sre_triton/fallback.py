@@ -1,12 +1,16 @@
 """The primitives through ``torch.compile``: for machines without Triton, and for float64.
 
-Each primitive is a plain function on a block of rows, compiled once for every set of options and dtypes and then
-called block after block. A block is small enough to stay in the processor's cache, so the matrix itself crosses
-the memory bus once in and once out, however often the compiled loops walk over a block. Without a C++ compiler the
-same blocks run uncompiled.
+Each primitive is a plain function of rows of logits, compiled once for every set of options and dtypes, into one loop
+over the rows (passes.py says how): a row comes from memory once, is found in the cache whenever it is walked over
+again, and its gradient goes to memory once. What is compiled holds for any number of rows and classes; only to rows of
+more than 1024 classes belongs another version, whose sums are in float64. Without a C++ compiler the same functions run
+uncompiled, on blocks of rows.
 
-On an NVIDIA or AMD GPU without Triton, and wherever else Inductor cannot compile, the blocks run uncompiled as well;
-on Apple's MPS and on Intel's XPU ``torch.compile`` is asked like on a CPU. No machine with one of these has run it.
+The first call of each version compiles it, for some seconds, and the logger "sre_triton" says so. Inductor keeps what
+it compiled where it always does, in TORCHINDUCTOR_CACHE_DIR.
+
+A GPU without Triton runs the blocks uncompiled; on Apple's MPS and Intel's XPU ``torch.compile`` is asked as on a CPU.
+None of these three has been run: there was no such machine.
 """
 
 import inspect
@@ -25,8 +29,8 @@ from .ops import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, primiti
 from .passes import SHORT, Numbers, gradient_pass, loss_and_gradient_pass, loss_pass, lse_pass, sums_pass
 from .reference import compute_dtype
 
-# Bytes of logits, in the dtype of the arithmetic, in one block of rows. 4 MiB was best or within 5 % of the best of
-# 1, 2, 4, 8 and 16 at K = 1000, 32768 and 262144 (fp32, 2 cores).
+# Bytes in one block of rows, in the dtype of the arithmetic, where there are blocks: half precision is copied into one.
+# Steps on blocks of 2 MiB took 1.05 times as long, of 1 MiB 1.2 times (bf16, K from 1000 to 262144, 2 cores).
 BLOCK_BYTES = 4 * 2**20
 
 NO_COMPILER = (
@@ -43,8 +47,8 @@ _compiled: dict[tuple, Callable] = {}
 _uncompiled: set[str] = set()  # types of devices that nothing can be compiled for
 
 
-def _tensor_guards(guards: list) -> list[bool]:
-    """Which of its guards Dynamo checks at each call: of shapes only.
+def _of_shapes(guards: list) -> list[bool]:
+    """Which of its guards Dynamo is to check at each call.
 
     Dtypes and devices are in the key of what is compiled, strides are checked by the compiled code, and none of the
     modes that Dynamo would compile again for (number of threads, autocast, determinism, inference) changes this code.
@@ -53,7 +57,7 @@ def _tensor_guards(guards: list) -> list[bool]:
 
 
 INDUCTOR = {
-    "guard_filter_fn": _tensor_guards,
+    "guard_filter_fn": _of_shapes,
     # Fused multiplication and addition.
     "cpp.enable_floating_point_contract_flag": "fast",
     # What several loops use is stored if it is made of more than five tensors: u, but not the gradient.
@@ -77,8 +81,9 @@ def _compile(key: tuple, function: Callable, args: tuple) -> Callable:
     """The function compiled, or where that cannot be, the function."""
     logits = args[0]
     what = f"{function.__name__} for {str(logits.dtype).removeprefix('torch.')} logits on {logits.device}"
-    logger.warning("compiling %s, once for each set of options: 5 to 20 seconds, unless Inductor has it cached", what)
-    # torch.compile keeps what it compiled, and counts it against its limit, by code object: each key has its own.
+    logger.warning("compiling %s, once for each set of options: 2 to 15 seconds, unless Inductor has it cached", what)
+    # torch.compile keeps what it compiled, and counts it against its limit, by code object: each key has its own. (It
+    # takes entries out of the options.)
     code = function.__code__.replace(co_name=f"{function.__name__}_{len(_compiled)}")
     clone = types.FunctionType(code, function.__globals__)
     compiled = torch.compile(clone, dynamic=True, fullgraph=True, options=dict(INDUCTOR))
@@ -189,7 +194,7 @@ def _prepared(logits, target, weight, c, reg_weight, ignore_index, label_smoothi
         number(z_loss),
         number(softcap),
     )
-    target = target.to(dtype).contiguous() if target.dim() == 2 else target.long()
+    target = target.to(dtype if target.dim() == 2 else torch.int64).contiguous()
     return target, None if weight is None else weight.to(dtype).contiguous(), numbers
 
 
@@ -204,6 +209,7 @@ def row_lse(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> 
 def row_sums(logits: Tensor, target: Tensor, stats: Tensor, *options) -> Tensor:
     """h_sum and u_sum of each row, (2, N), from the (5, N) of row_lse."""
     target, _, numbers = _prepared(logits, target, None, *options)
+    stats = stats.contiguous()
 
     def compute(rows, z, _):
         return _call(sums_pass, z, target[rows], stats[:, rows].unbind(), numbers)[1]

@@ -1,6 +1,7 @@
 """The compiled blocks: the same numbers as uncompiled, few compilations, and none where there is no compiler."""
 
 import concurrent.futures
+import functools
 import os
 import re
 import subprocess
@@ -124,6 +125,17 @@ def test_all_loops_are_one_loop_over_the_rows(name, probabilities, num_classes, 
     assert code.count("#pragma omp for") == 1 + others
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, functools.partial(torch.autocast, "cpu")])
+def test_what_a_mode_compiled_serves_without_it(mode, fresh):
+    logits, target, _ = problem(10, 100, {})
+    with mode():
+        inside = self_regularized_entropy(logits, target, backend="compile")
+    outside, _, gradient = loss_and_gradient(logits, target, backend="compile", recompute=True)
+    assert torch.equal(inside, outside)
+    torch.testing.assert_close(gradient.double(), truth(logits, target)[2], rtol=1e-4, atol=1e-6)
+    assert compilations() == 2  # without a gradient, and the gradient
+
+
 def test_numbers_are_not_compiled_in(fresh):
     logits, target, _ = problem(33, 200, {})
     for value in (0.1, 0.2, 0.3):
@@ -174,6 +186,18 @@ def test_compiled_code_may_write_over_what_it_reads(recompute, dtype, layout):
         self_regularized_entropy(made, target, backend="compile", recompute=recompute, inplace=True).backward()
         assert torch.equal(made.detach(), expected)
         assert torch.equal(source.grad[:, :K], expected)
+
+
+@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("name", ["default", "weight"])
+def test_compiled_code_takes_tensors_as_they_lie(name, probabilities):
+    logits, target, options = problem(20, 60, OPTIONS[name], probabilities=probabilities)
+    options = {key: torch.stack([value] * 2, -1)[:, 0] if key == "weight" else value for key, value in options.items()}
+    for recompute in (False, True):
+        _, _, gradient = loss_and_gradient(
+            logits.t().contiguous().t(), target.repeat_interleave(2, 0)[::2], recompute=recompute, **options
+        )
+        torch.testing.assert_close(gradient.double(), truth(logits, target, **options)[2], rtol=1e-4, atol=1e-6)
 
 
 def run(code, **environment):

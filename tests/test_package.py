@@ -120,7 +120,9 @@ def test_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, capsys, u
     contenders = {
         "copy",
         "copy to new memory",
+        "exp, log, 1 / x",
         "sre_triton (compile)",
+        "sre_triton (compile, in place)",
         "sre_triton (eager)",
         "F.cross_entropy",
         "F.cross_entropy, compiled",
