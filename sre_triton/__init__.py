@@ -19,8 +19,8 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
     scalars.py     Triton: the small kernels of a step, for the mean and the upstream gradient
     plan.py        which way a kernel takes: the table
     launch.py      the primitives, launched on a GPU
-    passes.py      torch.compile: the mathematics of a block of rows
-    fallback.py    torch.compile: the primitives, block by block
+    passes.py      torch.compile: the mathematics, written to become one loop
+    fallback.py    torch.compile: the primitives, compiled
     backend.py     chooses between them
     checks.py      user input -> errors that say what was expected and what came
     autograd.py    the two ways to the gradient

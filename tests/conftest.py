@@ -30,7 +30,7 @@ def _warned(monkeypatch):
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """The blocks run as on a machine without a compiler, which takes no time to compile."""
+    """Everything runs as on a machine without a compiler, which takes no time to compile."""
     monkeypatch.setattr(fallback, "_uncompiled", {"cpu"})
 
 

@@ -1,4 +1,4 @@
-"""The compiled blocks: the same numbers as uncompiled, few compilations, and none where there is no compiler."""
+"""What is compiled: the same numbers as uncompiled, few compilations, and none where there is no compiler."""
 
 import concurrent.futures
 import functools
