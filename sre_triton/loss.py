@@ -109,9 +109,9 @@ def self_regularized_entropy(
         return_parts: also return :class:`Parts`.
         shard: not available in this version; None.
         backend: ``"triton"`` (kernels for a GPU; on a CPU only in Triton's interpreter; not float64), ``"compile"``
-            (``torch.compile``: one loop over the rows), ``"eager"`` (plain autograd, differentiable twice) or None, which
-            chooses: ``"eager"`` where ``target`` or ``weight`` require a gradient and for ``torch.func`` transforms
-            inside ``torch.compile``, else ``"triton"`` on a GPU that has it, else ``"compile"``.
+            (``torch.compile``: one loop over the rows), ``"eager"`` (plain autograd, differentiable twice) or None,
+            which chooses: ``"eager"`` where ``target`` or ``weight`` require a gradient and for ``torch.func``
+            transforms inside ``torch.compile``, else ``"triton"`` on a GPU that has it, else ``"compile"``.
 
     Returns:
         The loss, float32 (float64 for float64 logits), a scalar or with ``reduction="none"`` one number a row; with
