@@ -137,3 +137,18 @@ def test_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, capsys, u
         assert row["torch"] == torch.__version__
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path / "sweep_k.csv") in capsys.readouterr().out
+
+
+def test_profile_shows_the_loop_and_the_faults(monkeypatch, capsys):
+    sys.path.insert(0, str(ROOT / "perf"))
+    try:
+        import profile_cpu
+    finally:
+        sys.path.pop(0)
+    monkeypatch.setattr(sys, "argv", ["profile_cpu.py", "4", "16"])
+    profile_cpu.main()
+    out = capsys.readouterr().out
+    assert "Call CompiledFxGraph" in out
+    assert "page faults a step" in out
+    sources = map(Path, out.rsplit("compiled from", 1)[1].split())
+    assert any("omp for" in source.read_text() for source in sources if source.exists())
