@@ -77,7 +77,7 @@ def _stand_in(name: str, arg, num_classes: int):
     return arg.new_zeros((num_classes,) if name == "weight" else (96, num_classes)[: arg.dim()])
 
 
-def _compile(key: tuple, function: Callable, args: tuple) -> Callable:
+def _compile(function: Callable, args: tuple) -> Callable:
     """The function compiled, or where that cannot be, the function."""
     logits = args[0]
     what = f"{function.__name__} for {str(logits.dtype).removeprefix('torch.')} logits on {logits.device}"
@@ -131,7 +131,7 @@ def _call(function: Callable, logits: Tensor, *args):
         with _lock:
             compiled = _compiled.get(key)
             if compiled is None:
-                compiled = _compiled[key] = _compile(key, function, (logits, *args))
+                compiled = _compiled[key] = _compile(function, (logits, *args))
     return compiled(logits, *args)
 
 

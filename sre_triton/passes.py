@@ -217,6 +217,15 @@ def _sums(
     return (1 - share) * _sum(h) - kept * _h(t_g, mu_g), (1 - share) * _sum(u) - kept * _u(t_g, mu_g)
 
 
+def _walked(z: Tensor, target: Tensor, weight: Tensor | None, numbers: Numbers) -> tuple:
+    """All that comes before a row's loss and gradient: what is to be stored, its offset, exp(d), u, all its numbers."""
+    d, e, row = _lse(z, target, weight, numbers)
+    first = _pack(*_offset(row.exp_sum, numbers))
+    offset = _columns(first, 0, 3)
+    h, u = _h_and_u(d, e, offset)
+    return first, offset, e, u, Row(*row[:5], *_sums(z, h, u, row, target, offset, numbers))
+
+
 def _losses(row: Row, target: Tensor, numbers: Numbers) -> tuple[Tensor, ...]:
     """Loss, H, S, α lse²."""
     log_sum = row.exp_sum.log()
@@ -306,12 +315,7 @@ def sums_pass(logits, target, stats, numbers: Numbers) -> tuple[Tensor, Tensor]:
 
 def loss_pass(logits, target, weight, numbers: Numbers) -> tuple[Tensor, Tensor]:
     """Losses and statistics."""
-    z = _capped(logits, numbers)
-    d, e, row = _lse(z, target, weight, numbers)
-    first = _pack(*_offset(row.exp_sum, numbers))
-    offset = _columns(first, 0, 3)
-    h, u = _h_and_u(d, e, offset)
-    row = Row(*row[:5], *_sums(z, h, u, row, target, offset, numbers))
+    first, *_, row = _walked(_capped(logits, numbers), target, weight, numbers)
     return first, _pack(*_losses(row, target, numbers), *row)
 
 
@@ -334,11 +338,7 @@ def gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -
 def loss_and_gradient_pass(logits, target, weight, scale, out, numbers: Numbers) -> tuple[Tensor, Tensor]:
     """The losses, and the gradient at the target."""
     z = _capped(logits, numbers)
-    d, e, row = _lse(z, target, weight, numbers)
-    first = _pack(*_offset(row.exp_sum, numbers))
-    offset = _columns(first, 0, 3)
-    h, u = _h_and_u(d, e, offset)
-    row = Row(*row[:5], *_sums(z, h, u, row, target, offset, numbers))
+    first, offset, e, u, row = _walked(z, target, weight, numbers)
     at_target, *coefs = _coefficients(z, row, target, weight, offset, scale, numbers)
     second = _pack(*_losses(row, target, numbers), at_target, *coefs)
     gradient = _gradient(z, e, u, target, weight, _columns(second, 5, 4), numbers)
