@@ -106,22 +106,25 @@ class Recompute(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        rows, target, weight, factor, backend, _, inplace, c, reg_weight, *options = inputs
+        rows, target, weight, factor, ctx.backend, _, ctx.inplace, *options = inputs
         _, losses, stats = output
-        ctx.backend, ctx.inplace, ctx.options = backend, inplace, tuple(options)
         ctx.num_inputs = len(inputs)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses, stats)
-        ctx.save_for_backward(rows, target, weight, factor, c, reg_weight, stats)
+        # c and λ' are numbers or tensors.
+        ctx.options = tuple(None if isinstance(option, Tensor) else option for option in options)
+        scalars = (option if isinstance(option, Tensor) else None for option in options[:2])
+        ctx.save_for_backward(rows, target, weight, factor, stats, *scalars)
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
         no_more = (None,) * (ctx.num_inputs - 1)
         if grad_loss is None:
             return None, *no_more
-        rows, target, weight, factor, c, reg_weight, stats = ctx.saved_tensors
+        rows, target, weight, factor, stats, *scalars = ctx.saved_tensors
         scale = (factor * grad_loss).expand(rows.shape[0])
-        arguments = (target, weight, stats, scale, c, reg_weight, *ctx.options)
+        scalars = (number if saved is None else saved for saved, number in zip(scalars, ctx.options[:2], strict=True))
+        arguments = (target, weight, stats, scale, *scalars, *ctx.options[2:])
         if torch.compiler.is_compiling():
             return primitives(ctx.backend).row_gradient(rows, *arguments), *no_more
         if ctx.inplace and not _functional(grad_loss):
@@ -148,29 +151,33 @@ class _RowGradient(torch.autograd.Function):
         raise RuntimeError(DOUBLE_BACKWARD)
 
 
-def _without_setup_context(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """The same for plain eager code: where there is a setup_context, PyTorch binds the arguments anew at every call.
+def _plain(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same for plain eager code.
 
-    That takes a hundred microseconds, a quarter of a step's time in Python.
+    Where there is a setup_context, PyTorch binds the arguments anew at every call: a hundred microseconds, a quarter of
+    a step's time in Python. And each argument costs, so that all but the rows come as one.
     """
 
     class Plain(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *inputs):
-            outputs = function.forward(*inputs)
-            function.setup_context(ctx, inputs, outputs)
+        def forward(ctx, rows, arguments):
+            outputs = function.forward(rows, *arguments)
+            function.setup_context(ctx, (rows, *arguments), outputs)
             return outputs
 
-        backward = staticmethod(function.backward)
+        @staticmethod
+        def backward(ctx, *grads):
+            return function.backward(ctx, *grads)[0], None
 
     Plain.__name__ = Plain.__qualname__ = function.__name__
     return Plain
 
 
-_PLAIN = {function: _without_setup_context(function) for function in (SinglePass, Recompute, _RowGradient)}
+_PLAIN = {function: _plain(function) for function in (SinglePass, Recompute, _RowGradient)}
 
 
-def apply(function: type[torch.autograd.Function], *arguments) -> tuple[Tensor, ...] | Tensor:
+def apply(function: type[torch.autograd.Function], rows: Tensor, *arguments) -> tuple[Tensor, ...] | Tensor:
     """Apply SinglePass or Recompute."""
-    plain = not (is_watched() or any(map(is_batched, arguments)))
-    return (_PLAIN[function] if plain else function).apply(*arguments)
+    if is_watched() or is_batched(rows) or any(map(is_batched, arguments)):
+        return function.apply(rows, *arguments)
+    return _PLAIN[function].apply(rows, arguments)

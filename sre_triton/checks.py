@@ -110,10 +110,10 @@ def check_options(
 
 def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
     """Shapes, dtypes and devices: what ``F.cross_entropy`` takes."""
+    distributed = sys.modules.get("torch.distributed.tensor")
     for argument, value in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(value, Tensor) and not (value is None and argument == "weight"):
             raise _wrong(TypeError, argument, "a tensor" if argument != "weight" else "a tensor or None", value)
-        distributed = sys.modules.get("torch.distributed.tensor")
         if distributed is not None and isinstance(value, distributed.DTensor):
             raise NotImplementedError(f"{argument}: DTensor is not part of this version yet; pass full_tensor()")
     if input.dtype not in FLOATS:

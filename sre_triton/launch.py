@@ -62,8 +62,10 @@ def _in_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
-def _number_or_pointer(scalar: Tensor) -> tuple[float | None, Tensor | None]:
-    """The value of a tensor on the CPU, or the tensor: looking at one on a GPU would wait for it."""
+def _number_or_pointer(scalar: float | Tensor) -> tuple[float | None, Tensor | None]:
+    """A number, or the value of a tensor on the CPU, or the tensor: looking at one on a GPU would wait for it."""
+    if not isinstance(scalar, Tensor):
+        return scalar, None
     return (scalar.item(), None) if scalar.device.type == "cpu" else (None, scalar)
 
 

@@ -1,5 +1,7 @@
 """The public function: arguments, shapes and reduction around the autograd Functions."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -14,7 +16,7 @@ from .checks import (
     check_range,
     check_tensors,
 )
-from .ops import is_watched
+from .ops import NUM_LOSSES, is_watched
 from .reference import Parts, compute_dtype, sample_weights
 
 
@@ -28,7 +30,9 @@ def _as_rows(tensor: Tensor) -> Tensor:
 def _factor(reduction, denominator, rows, target, weight, ignore_index, none_ignored, backend) -> Tensor:
     """What the sum of the rows' losses is multiplied by, ()."""
     dtype = compute_dtype(rows.dtype)
-    if reduction == "mean" and denominator is None:
+    if reduction != "mean":
+        denominator = 1.0
+    elif denominator is None:
         if target.dim() == 2 or (none_ignored and weight is None):
             denominator = rows.shape[0]
         elif few_launches(rows, backend):
@@ -37,8 +41,27 @@ def _factor(reduction, denominator, rows, target, weight, ignore_index, none_ign
             denominator = sample_weights(target, weight, ignore_index).sum()
     if isinstance(denominator, Tensor):
         return denominator.detach().to(rows.device, dtype).reciprocal()
-    factor = torch.ones((), dtype=dtype, device=rows.device)
-    return factor if denominator is None else factor / denominator
+    if torch.compiler.is_compiling():  # which would compile the number in
+        return torch.ones((), dtype=dtype, device=rows.device) / denominator
+    return torch.full((), 1 / denominator if denominator else math.inf, dtype=dtype, device=rows.device)
+
+
+def _scalars(c, reg_weight, per_class: float, backend: str, rows: Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """c, and λ' times what the mean over the classes makes of it, as the primitives take them."""
+    if torch.compiler.is_compiling():
+        # A number times a tensor, which is traced without compiling the number in. In a graph for a GPU, nothing may
+        # lie on the CPU if it is to become a CUDA graph.
+        one = torch.ones((), dtype=torch.float64, device=rows.device if backend == "triton" else "cpu")
+        c = one * c
+        if not isinstance(reg_weight, Tensor):
+            return c, one * reg_weight * per_class
+    else:
+        c = float(c)
+        if not isinstance(reg_weight, Tensor):
+            return c, float(reg_weight) * per_class
+    device = c.device if isinstance(c, Tensor) else "cpu"
+    device = device if reg_weight.device.type == "cpu" else rows.device
+    return c, reg_weight.detach().to(device, compute_dtype(rows.dtype)) * per_class
 
 
 def _own_rows(rows: Tensor) -> bool:
@@ -185,29 +208,13 @@ def self_regularized_entropy(
         return (loss, parts) if return_parts else loss
 
     dtype = compute_dtype(input.dtype)
-    shape = input.shape[:dim] + input.shape[dim + 1 :]
     rows = _as_rows(input)
     target = target.flatten() if indices else _as_rows(target)
     # λ' and the mean over the classes are one number.
     per_class = (1 / (num_classes - 1) if num_classes > 1 else 0.0) if class_mean else 1.0
-    # A number times a tensor, which torch.compile traces without compiling the number in. In eager code it is a number
-    # again when a kernel is launched; in a graph for a GPU, nothing may lie on the CPU if it is to become a CUDA graph.
-    graph_on_gpu = name == "triton" and torch.compiler.is_compiling()
-    one = torch.ones((), dtype=torch.float64, device=input.device if graph_on_gpu else "cpu")
-    if isinstance(reg_weight, Tensor):
-        reg_weight = reg_weight.detach().to(one.device if reg_weight.device.type == "cpu" else input.device, dtype)
-    else:
-        reg_weight = one * reg_weight
-    reg_weight = reg_weight * per_class
     factor = _factor(reduction, denominator, rows, target, weight, ignore_index, none_ignored, name)
-    options = (
-        one * c,
-        reg_weight,
-        int(ignore_index),
-        float(label_smoothing),
-        float(z_loss),
-        float(softcap or 0.0),
-    )
+    scalars = _scalars(c, reg_weight, per_class, name, rows)
+    options = *scalars, int(ignore_index), float(label_smoothing), float(z_loss), float(softcap or 0.0)
 
     if wants_gradient or transformed:
         inplace = inplace and wants_gradient and not is_watched() and _own_rows(rows)
@@ -221,9 +228,10 @@ def self_regularized_entropy(
         losses, _ = primitives(name).row_loss(rows, target, weight, *options)
         loss = reduced(losses, factor, reduction, name)
     if reduction == "none":
-        loss = loss.reshape(shape)
+        shape = input.shape[:dim] + input.shape[dim + 1 :]
+        loss, losses = loss.reshape(shape), losses.reshape(NUM_LOSSES, *shape)
     if not return_parts:
         return loss
-    parts = losses[1:].reshape(3, *shape) if reduction == "none" else losses[1:].sum(1) * factor
+    parts = losses[1:].contiguous() if reduction == "none" else losses[1:].sum(1) * factor
     cross_entropy, regularizer, z_penalty = parts.unbind()
     return loss, Parts(cross_entropy, regularizer * per_class, z_penalty)

@@ -33,8 +33,8 @@ NUM_STATS = NUM_LSE + NUM_SUMS
 # The dimension of the rows in each argument that has one.
 ROW_DIM = {"logits": 0, "target": 0, "scale": 0, "stats": 1}
 
-# The last arguments of all primitives. c and λ' are tensors, (), as torch.compile would compile numbers in; a softcap
-# of 0 is none.
+# The last arguments of all primitives. c and λ' are tensors, (), as torch.compile would compile numbers in; eager calls
+# take numbers as well. A softcap of 0 is none.
 OPTIONS = "Tensor c, Tensor reg_weight, int ignore_index, float label_smoothing, float z_loss, float softcap"
 
 
@@ -110,6 +110,10 @@ def _needs_dispatch(logits: Tensor, args: tuple) -> bool:
     return not plain or is_watched() or any(map(is_batched, args))
 
 
+def _scalar(value: float | Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
 def _batching_rule(op: Callable, names: list[str], out_row_dims: tuple[int, ...]) -> Callable:
     """Rows do not know of each other, so a batch of calls is one call with more rows."""
 
@@ -148,8 +152,13 @@ def primitive(backend: str) -> Callable[[Callable], Callable]:
     def register(function: Callable) -> Callable:
         name = function.__name__
         primitive = PRIMITIVES[name]
+
+        def contiguous(*args):
+            outs = function(*args)
+            return outs.contiguous() if isinstance(outs, Tensor) else tuple(out.contiguous() for out in outs)
+
         op = torch.library.custom_op(
-            f"sre_triton::{backend}_{name}", function, mutates_args=(), schema=primitive.schema()
+            f"sre_triton::{backend}_{name}", contiguous, mutates_args=(), schema=primitive.schema()
         )
         op.register_fake(lambda logits, *_: primitive.fake(logits))
         names = [argument.name for argument in op._opoverload._schema.arguments]
@@ -157,7 +166,10 @@ def primitive(backend: str) -> Callable[[Callable], Callable]:
 
         @functools.wraps(function)
         def call(logits: Tensor, *args):
-            return op(logits, *args) if _needs_dispatch(logits, args) else function(logits, *args)
+            if not _needs_dispatch(logits, args):
+                return function(logits, *args)
+            *args, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap = args
+            return op(logits, *args, _scalar(c), _scalar(reg_weight), ignore_index, label_smoothing, z_loss, softcap)
 
         call.op = op
         return call

@@ -195,7 +195,7 @@ def _lse(z: Tensor, target: Tensor, weight: Tensor | None, numbers: Numbers) -> 
         return d, e, Row(m, exp_sum, _sum(y), _sum(torch.where(y == 0, 0, y * d)), omega)
     _, index, z_g = _at_target(z, target, numbers)
     omega = torch.ones_like(z_g) if weight is None else weight[index]
-    omega = torch.where(index == target.unsqueeze(1), omega, torch.nan)
+    omega = torch.where(index == target.unsqueeze(1), omega, float("nan"))
     y_sum = kept * omega
     yz_sum = y_sum * (z_g - m)
     if numbers.label_smoothing is not None:
@@ -292,17 +292,28 @@ def _gradient(z, e, u, target, weight, coefs, numbers: Numbers) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The passes. They return numbers of the rows as `_pack` leaves them; of two such tensors, the first is there only to be
-# stored. `out` takes the gradient.
+# The passes, all with the same arguments. They return numbers of the rows as `_pack` leaves them, those asked for last;
+# what is before them is there only to be stored. The gradient is written into `out`, except at the targets, whose
+# gradients are a number of each row. Without `out` it is returned, before the numbers, complete.
 
 
-def lse_pass(logits, target, weight, numbers: Numbers) -> Tensor:
+def _with_gradient(gradient: Tensor, target: Tensor, out: Tensor | None, packed: Tensor, at: int) -> tuple[Tensor, ...]:
+    if out is not None:
+        out.copy_(gradient)
+        return (packed,)
+    if target.dim() == 1:
+        index = torch.where((target >= 0) & (target < gradient.shape[1]), target, 0)
+        gradient = gradient.scatter(1, index.unsqueeze(1), packed[:, at : at + 1])
+    return gradient, packed
+
+
+def lse_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor]:
     """The first five statistics."""
     _, _, row = _lse(_capped(logits, numbers), target, weight, numbers)
-    return _pack(*row[:5])
+    return (_pack(*row[:5]),)
 
 
-def sums_pass(logits, target, stats, numbers: Numbers) -> tuple[Tensor, Tensor]:
+def sums_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, Tensor]:
     """The other two, from the five."""
     z = _capped(logits, numbers)
     row = _row(stats)
@@ -313,13 +324,13 @@ def sums_pass(logits, target, stats, numbers: Numbers) -> tuple[Tensor, Tensor]:
     return first, _pack(*_sums(z, h, u, row, target, offset, numbers))
 
 
-def loss_pass(logits, target, weight, numbers: Numbers) -> tuple[Tensor, Tensor]:
+def loss_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, Tensor]:
     """Losses and statistics."""
     first, *_, row = _walked(_capped(logits, numbers), target, weight, numbers)
     return first, _pack(*_losses(row, target, numbers), *row)
 
 
-def gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> Tensor:
+def gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor]:
     """The gradient at the target, from all seven statistics."""
     z = _capped(logits, numbers)
     row = _row(stats)
@@ -330,17 +341,14 @@ def gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -
     d = z - m
     e = d.exp()
     u = _u(*_coin(d, e, off, lost, e_off))
-    gradient = _gradient(z, e, u, target, weight, coefs, numbers)
-    out.copy_(gradient)
-    return packed
+    return _with_gradient(_gradient(z, e, u, target, weight, coefs, numbers), target, out, packed, 0)
 
 
-def loss_and_gradient_pass(logits, target, weight, scale, out, numbers: Numbers) -> tuple[Tensor, Tensor]:
+def loss_and_gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, Tensor]:
     """The losses, and the gradient at the target."""
     z = _capped(logits, numbers)
     first, offset, e, u, row = _walked(z, target, weight, numbers)
     at_target, *coefs = _coefficients(z, row, target, weight, offset, scale, numbers)
     second = _pack(*_losses(row, target, numbers), at_target, *coefs)
     gradient = _gradient(z, e, u, target, weight, _columns(second, 5, 4), numbers)
-    out.copy_(gradient)
-    return first, second
+    return first, *_with_gradient(gradient, target, out, second, 4)

@@ -119,8 +119,10 @@ def test_all_loops_are_one_loop_over_the_rows(name, probabilities, num_classes, 
     with torch._inductor.config.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
         _, (code,) = run_and_get_code(lambda: loss_and_gradient(logits, target, backend="compile", **options))
     assert len(metrics.cpp_outer_loop_fused_inner_counts) == 1
-    # Only capped logits, of which there is a block at a time, and the sum of class weights are loops of their own.
-    others = ("softcap" in options) + ("weight" in options and not probabilities)
+    # Only capped logits, of which there is a block at a time, and the sum of class weights are loops of their own; and
+    # over no classes, that which writes the gradients of the targets.
+    blocks = "softcap" in options
+    others = blocks + (not probabilities) * ("weight" in options) + (not probabilities) * (not blocks)
     assert code.count("#pragma omp for") == 1 + others
 
 
