@@ -19,8 +19,10 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
     scalars.py     Triton: the small kernels of a step, for the mean and the upstream gradient
     plan.py        which way a kernel takes: the table
     launch.py      the primitives, launched on a GPU
-    passes.py      torch.compile: the mathematics, written to become one loop
-    fallback.py    torch.compile: the primitives, compiled
+    coin.py        torch.compile: the mathematics of a class
+    passes.py      torch.compile: that of a row, written to become one loop over the rows
+    compiled.py    torch.compile: asked once for every set of options
+    fallback.py    torch.compile: the primitives
     backend.py     chooses between them
     checks.py      user input -> errors that say what was expected and what came
     autograd.py    the two ways to the gradient

@@ -178,6 +178,6 @@ _PLAIN = {function: _plain(function) for function in (SinglePass, Recompute, _Ro
 
 def apply(function: type[torch.autograd.Function], rows: Tensor, *arguments) -> tuple[Tensor, ...] | Tensor:
     """Apply SinglePass or Recompute."""
-    if is_watched() or is_batched(rows) or any(map(is_batched, arguments)):
+    if is_watched() or any(map(is_batched, (rows, *arguments))):
         return function.apply(rows, *arguments)
     return _PLAIN[function].apply(rows, arguments)

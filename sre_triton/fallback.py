@@ -1,180 +1,25 @@
 """The primitives through ``torch.compile``: for machines without Triton, and for float64.
 
-Each primitive is a plain function of rows of logits, compiled once for every set of options and dtypes, into one loop
-over the rows (passes.py says how): a row comes from memory once, is found in the cache whenever it is walked over
-again, and its gradient goes to memory once. What is compiled holds for any number of rows and classes; only to rows of
-more than 1024 classes belongs another version, whose sums are in float64. Without a C++ compiler the same functions run
-uncompiled, on blocks of rows.
-
-The first call of each version compiles it, for some seconds, and the logger "sre_triton" says so. Inductor keeps what
-it compiled where it always does, in TORCHINDUCTOR_CACHE_DIR.
-
-A GPU without Triton runs the blocks uncompiled; on Apple's MPS and Intel's XPU ``torch.compile`` is asked as on a CPU.
-None of these three has been run: there was no such machine.
+Each is a pass over the rows, which compiled is one loop (passes.py says how): a row comes from memory once, is found in
+the cache whenever it is walked over again, and its gradient goes to memory once. Where nothing can be compiled
+(compiled.py says where) the same functions run as they are, on blocks of rows.
 """
 
 import functools
-import inspect
 import itertools
-import logging
-import operator
-import threading
-import time
-import types
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .compiled import call, compiles
 from .ops import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, primitive
-from .passes import SHORT, Numbers, gradient_pass, loss_and_gradient_pass, loss_pass, lse_pass, sums_pass
+from .passes import Numbers, gradient_pass, loss_and_gradient_pass, loss_pass, lse_pass, sums_pass
 from .reference import compute_dtype
 
 # Bytes in one block of rows, in the dtype of the arithmetic, where there are blocks: half precision is copied into one.
 # Steps on blocks of 2 MiB took 1.05 times as long, of 1 MiB 1.2 times (bf16, K from 1000 to 262144, 2 cores).
 BLOCK_BYTES = 4 * 2**20
-
-NO_COMPILER = (
-    "sre_triton found no usable C++ compiler ({}), so the loss runs uncompiled, several times slower. "
-    "Install g++ and Python's headers (Debian, Ubuntu: apt install g++ python3-dev; macOS: xcode-select --install; "
-    "Windows: the Visual Studio build tools), or set CXX to a compiler."
-)
-NO_TRITON = "sre_triton runs uncompiled, several times slower, as torch.compile cannot serve this GPU: {}"
-
-STAND_IN_ROWS = 96  # of the shape that is compiled for; not a number of classes there
-
-logger = logging.getLogger("sre_triton")
-
-_lock = threading.Lock()
-_compiled: dict[tuple, Callable] = {}
-_uncompiled: set[str] = set()  # types of devices that nothing can be compiled for
-
-
-INDUCTOR = {
-    # Fused multiplication and addition.
-    "cpp.enable_floating_point_contract_flag": "fast",
-    # What several loops use is stored if it is made of more than five tensors: u, but not the gradient.
-    "realize_reads_threshold": 5,
-    # As many threads as there are at each call, not as there were, nor as the first call's size was worth.
-    "cpp.dynamic_threads": True,
-}
-
-
-def _stand_in(name: str, arg, num_classes: int):
-    """Zeros of the dtype and number of dimensions of an argument: what is compiled depends on no shape that came."""
-    if isinstance(arg, tuple):
-        items = [_stand_in(name, item, num_classes) for item in arg]
-        return Numbers(*items) if name == "numbers" else tuple(items)
-    if arg is None:
-        return None
-    return arg.new_zeros((num_classes,) if name == "weight" else (STAND_IN_ROWS, num_classes)[: arg.dim()])
-
-
-def _flat(args: tuple) -> list:
-    """The arguments of a pass, tuples taken apart, and the numbers of rows and classes."""
-    flat = []
-    for arg in args:
-        if isinstance(arg, tuple):
-            flat.extend(arg)
-        else:
-            flat.append(arg)
-    flat.extend(args[0].shape)
-    return flat
-
-
-def _compile(function: Callable, args: tuple) -> Callable | None:
-    """What Inductor makes of the function, to be called with `_flat` arguments; None where that cannot be.
-
-    torch.compile is asked once. At each call after that it would take 35 us to check what the key says and to arrange
-    the arguments, a third of what 256 rows of 1000 classes take on two cores; so Inductor's own result is called, with
-    the arguments in the order in which it was seen to get them.
-    """
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-    logits = args[0]
-    what = f"{function.__name__} for {str(logits.dtype).removeprefix('torch.')} logits on {logits.device}"
-    num_classes = SHORT // 2 if logits.shape[1] <= SHORT else 2 * SHORT
-    names = inspect.signature(function).parameters
-    stand_ins = tuple(_stand_in(name, arg, num_classes) for name, arg in zip(names, args, strict=True))
-    flat = _flat(stand_ins)
-    compiled, order = None, []
-    started = None
-
-    def compile_inner(*args, **kwargs):
-        nonlocal compiled
-        compiled = compile_fx_inner(*args, **kwargs)
-        return compiled
-
-    def backend(graph, inputs):
-        nonlocal started
-        if started is None:  # Dynamo starts again where numbers turn out to be constant
-            started = time.perf_counter()
-            logger.warning("compiling %s, once for each set of options: 2 to 15 seconds, unless Inductor has it cached", what)
-        # The cache of AOTAutograd would return all it makes around Inductor's result; Inductor has its own.
-        with torch._functorch.config.patch(enable_autograd_cache=False):
-            whole = compile_fx(graph, inputs, compile_inner, dict(INDUCTOR))
-        logger.info("compiled %s in %.1f s", what, time.perf_counter() - started)
-
-        def note_order(*inputs):
-            for given in inputs:
-                same = (x == given if isinstance(given, int) and isinstance(x, int) else x is given for x in flat)
-                order.append(list(same).index(True))
-            return whole(*inputs)
-
-        return note_order
-
-    # Dynamo keeps what it compiled by code object: each key has its own.
-    code = function.__code__.replace(co_name=f"{function.__name__}_{len(_compiled)}")
-    try:
-        clone = types.FunctionType(code, function.__globals__)
-        torch.compile(clone, backend=backend, dynamic=True, fullgraph=True)(*stand_ins)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        missing = (torch._inductor.exc.InvalidCxxCompiler, torch._inductor.exc.CppCompileError)
-        if not isinstance(error.inner_exception, missing):
-            raise
-        warning = NO_COMPILER.format(type(error.inner_exception).__name__)
-    except torch._dynamo.exc.ShortenTraceback as error:
-        # What Inductor needs on a GPU, and is not there or does not serve this one.
-        if type(error).__name__ not in ("TritonMissing", "GPUTooOldForTriton"):
-            raise
-        warning = NO_TRITON.format(error)
-    else:
-        if compiled is None:  # torch.compile is switched off
-            return None
-        pick = operator.itemgetter(*order)
-        return lambda flat: compiled(list(pick(flat)))
-    _uncompiled.add(logits.device.type)
-    warnings.warn(warning, RuntimeWarning, stacklevel=2)
-    return None
-
-
-def _compiles(logits: Tensor) -> bool:
-    """One row and fewer than eight classes are shapes that would each be compiled anew."""
-    return logits.shape[0] > 1 and logits.shape[1] >= 8 and logits.device.type not in _uncompiled
-
-
-def _call(function: Callable, *args):
-    """One pass over some rows, compiled where it can be."""
-    logits = args[0]
-    if not _compiles(logits):
-        return function(*args)
-    flat = _flat(args)
-    where = logits.device, args[-1].reg_weight.is_cpu
-    dtypes = (arg if arg is None else arg.dtype for arg in flat[:-2])
-    key = function, logits.shape[1] > SHORT, *where, *dtypes
-    compiled = _compiled.get(key)
-    if compiled is None:
-        with _lock:
-            compiled = _compiled.get(key) or _compile(function, args)
-            if compiled is None:
-                return function(*args)
-            _compiled[key] = compiled
-    return compiled(flat)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The primitives. Their arguments end with the same options, ops.OPTIONS.
 
 
 @functools.lru_cache(maxsize=64)
@@ -213,10 +58,10 @@ def _run(
     stats = None if stats is None else stats.contiguous()
     scale = None if scale is None else scale.contiguous()
     numbers = _numbers_and_tensors(dtype, *options)
-    if logits.dtype == dtype and logits.is_contiguous() and _compiles(logits) and numbers.softcap is None:
+    if logits.dtype == dtype and logits.is_contiguous() and compiles(logits) and numbers.softcap is None:
         stats = None if stats is None else stats.unbind()
-        outputs = _call(function, logits, target, weight, stats, scale, out, numbers)
-        packed, gradient = outputs[-1], outputs[-2] if out is None and scale is not None else out
+        outputs = call(function, logits, target, weight, stats, scale, out, numbers)
+        packed, gradient = outputs if len(outputs) == 2 else (*outputs, out)
     else:
         if scale is not None and out is None:
             out = new_gradient(logits)
@@ -258,10 +103,14 @@ def _blocks(
         z.copy_(logits[rows])
         into = z if out is None or not out.is_contiguous() else out[rows]
         of_rows = None if stats is None else stats[:, rows].unbind(), None if scale is None else scale[rows]
-        packed.append(_call(function, z, target[rows], weight, *of_rows, into, numbers)[-1])
+        packed.append(call(function, z, target[rows], weight, *of_rows, into, numbers)[0])
         if out is not None and into is z:
             out[rows] = z
     return torch.cat(packed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The primitives. Their arguments end with the same options, ops.OPTIONS.
 
 
 @primitive("compile")

@@ -64,7 +64,7 @@ def _in_rows(matrix: Tensor) -> Tensor:
 
 def _number_or_pointer(scalar: float | Tensor) -> tuple[float | None, Tensor | None]:
     """A number, or the value of a tensor on the CPU, or the tensor: looking at one on a GPU would wait for it."""
-    if not isinstance(scalar, Tensor):
+    if isinstance(scalar, float):
         return scalar, None
     return (scalar.item(), None) if scalar.device.type == "cpu" else (None, scalar)
 

@@ -207,7 +207,6 @@ def self_regularized_entropy(
         )
         return (loss, parts) if return_parts else loss
 
-    dtype = compute_dtype(input.dtype)
     rows = _as_rows(input)
     target = target.flatten() if indices else _as_rows(target)
     # λ' and the mean over the classes are one number.

@@ -1,21 +1,13 @@
-"""The mathematics of rows of logits, as the fallback compiles it.
+"""Passes over rows of logits, as the fallback compiles them: a row's numbers, and the gradient that follows from them.
 
-Per class, from d = z - m (m the row's maximum) and off = log exp_sum + log c:
-
-    t = d - off        = log(p / c)
-    x = exp(d) / exp(off)  = p / c, from the same exponential as p
-    μ = min(x, 1) / (1 + x)    the smaller of the coin's two probabilities
-    h = |t| μ - log1p(-μ)      the coin's entropy
-    u = t μ (1 - μ)            = -dh/dt
-
-and the gradient is  coef_p p + coef_u u - coef_1  with the target's own value written over it.
+From coin.py come t and μ of each class, their sums over the classes are numbers of the row, and the gradient is
+coef_p p + coef_u u - coef_1  with the target's own value written over it.
 
 All of it becomes one loop over the rows, in which a row is walked four times while it lies in the nearest cache. For
 that, Inductor must fuse all loops, and it fuses loops that take one row at a time; for tensors of one number a row, it
 would take a vector of them. So, in what is compiled, the numbers of a row are computed as (n, WIDTH), all columns the
-same; `_pack` collects them in the columns of one tensor, which is returned, since what is returned is stored and not
-derived again for every vector of classes; and `_columns` sums them out of it, as a reduction leaves one number a row
-without being a loop over many.
+same. `_pack` collects in the columns of one tensor what is returned. `_kept` sums them up, for the walks: a reduction
+leaves one number a row without being a loop over many, and it is stored, not derived again for every vector of classes.
 """
 
 from typing import NamedTuple
@@ -23,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .coin import coin, h_of, offset_of, u_of
 from .reference import compute_dtype
 
 WIDTH = 16  # the widest vector of floats that a CPU has
@@ -73,8 +66,15 @@ def _pack(*numbers: Tensor) -> Tensor:
     return packed
 
 
+def _kept(*numbers: Tensor) -> tuple[Tensor, ...]:
+    """The same numbers, as (n, 1) that are stored."""
+    if not torch.compiler.is_compiling():
+        return numbers
+    return tuple((number.expand(-1, WIDTH) / WIDTH).sum(1, keepdim=True) for number in numbers)
+
+
 def _columns(packed: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
-    """The numbers of `_pack`, (n, 1), from the first on."""
+    """Numbers of `_pack`, (n, 1), stored."""
     if not torch.compiler.is_compiling():
         return packed[:, first : first + count].split(1, 1)
     column = torch.arange(WIDTH, dtype=packed.dtype, device=packed.device)
@@ -128,58 +128,6 @@ def _at_target(z: Tensor, target: Tensor, numbers: Numbers) -> tuple[Tensor, Ten
     return counted, index, z.gather(1, index)
 
 
-def _offset(exp_sum: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor, Tensor]:
-    """off, what its rounding lost, and exp(-off).
-
-    In float32 off is rounded by up to 1e-6. That would move every t of the row by as much, the same way, and where the
-    u of many classes cancel in their sum it is this common error that does not.
-    """
-    off = exp_sum.log() + numbers.c.log()
-    scaled = exp_sum * numbers.c
-    return off, scaled * (-off).exp() - 1, 1 / scaled
-
-
-def _coin(d: Tensor, e: Tensor, off: Tensor, lost: Tensor, e_off: Tensor) -> tuple[Tensor, Tensor]:
-    """t and μ, from d, e = exp(d) and the numbers of `_offset`."""
-    x = e * e_off
-    # At -inf logits t stays finite, so that nothing multiplies 0 by infinity; exp(-1e4) is 0 in every dtype. (Here
-    # torch.where is clamp, NaN included, in fewer instructions. A named constant would become an input of the graph.)
-    t = torch.where(d < -1e4, -1e4, d) - off - lost
-    return t, torch.where(x > 1, 1, x) / (1 + x)
-
-
-def minus_log1p_over(mu: Tensor) -> Tensor:
-    """-log(1 - μ) / μ for μ from 0 to 1/2.
-
-    In float32 a polynomial of degree 9, off by 6e-9 at most (mpmath.chebyfit): a third of the instructions of a
-    logarithm, and no digit is lost at small μ.
-    """
-    if mu.dtype == torch.float64:
-        return torch.where(mu == 0, 1, -torch.log1p(-mu) / mu)
-    p = 1.733611947 * mu - 2.458961878
-    p = p * mu + 1.959870572
-    p = p * mu - 0.5900887025
-    p = p * mu + 0.3407464713
-    p = p * mu + 0.1754407727
-    p = p * mu + 0.2519567943
-    p = p * mu + 0.333255162
-    p = p * mu + 0.5000011986
-    return p * mu + 0.999999997
-
-
-def _h(t: Tensor, mu: Tensor) -> Tensor:
-    return mu * (t.abs() + minus_log1p_over(mu))
-
-
-def _u(t: Tensor, mu: Tensor) -> Tensor:
-    return t * mu * (1 - mu)
-
-
-def _h_and_u(d: Tensor, e: Tensor, offset: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    t, mu = _coin(d, e, *offset)
-    return _h(t, mu), _u(t, mu)
-
-
 def _lse(z: Tensor, target: Tensor, weight: Tensor | None, numbers: Numbers) -> tuple[Tensor, Tensor, Row]:
     """d, exp(d), and the first five numbers of the rows."""
     num_classes = z.shape[1]
@@ -199,7 +147,7 @@ def _lse(z: Tensor, target: Tensor, weight: Tensor | None, numbers: Numbers) -> 
     y_sum = kept * omega
     yz_sum = y_sum * (z_g - m)
     if numbers.label_smoothing is not None:
-        y_sum = y_sum + share * (num_classes if weight is None else weight.sum())
+        y_sum = y_sum + share * (num_classes if weight is None else _sum(weight.unsqueeze(0)))
         yz_sum = yz_sum + share * _sum(d if weight is None else torch.where(weight == 0, 0, d * weight))
     return d, e, Row(m, exp_sum, y_sum, yz_sum, omega)
 
@@ -213,17 +161,17 @@ def _sums(
         return _sum(wrong * h), _sum(wrong * u)
     share, kept = _shares(numbers, z.shape[1])
     _, _, z_g = _at_target(z, target, numbers)
-    t_g, mu_g = _coin(z_g - row.m, (z_g - row.m).exp(), *offset)
-    return (1 - share) * _sum(h) - kept * _h(t_g, mu_g), (1 - share) * _sum(u) - kept * _u(t_g, mu_g)
+    t_g, mu_g = coin(z_g - row.m, (z_g - row.m).exp(), *offset)
+    return (1 - share) * _sum(h) - kept * h_of(t_g, mu_g), (1 - share) * _sum(u) - kept * u_of(t_g, mu_g)
 
 
 def _walked(z: Tensor, target: Tensor, weight: Tensor | None, numbers: Numbers) -> tuple:
-    """All that comes before a row's loss and gradient: what is to be stored, its offset, exp(d), u, all its numbers."""
+    """All that comes before a row's loss and gradient: its offset, exp(d), u, all its numbers."""
     d, e, row = _lse(z, target, weight, numbers)
-    first = _pack(*_offset(row.exp_sum, numbers))
-    offset = _columns(first, 0, 3)
-    h, u = _h_and_u(d, e, offset)
-    return first, offset, e, u, Row(*row[:5], *_sums(z, h, u, row, target, offset, numbers))
+    offset = _kept(*offset_of(row.exp_sum, numbers.c))
+    t, mu = coin(d, e, *offset)
+    h, u = h_of(t, mu), u_of(t, mu)
+    return offset, e, u, Row(*row[:5], *_sums(z, h, u, row, target, offset, numbers))
 
 
 def _losses(row: Row, target: Tensor, numbers: Numbers) -> tuple[Tensor, ...]:
@@ -272,7 +220,7 @@ def _coefficients(
     wy_g = kept * row.omega + (share if weight is None else share * weight[index])
     coefs = coef_e, coef_u * (1 - share - kept), scale * wy_g
     e_g = d_g.exp()
-    at_target = _gradient_of(z_g, e_g, _u(*_coin(d_g, e_g, *offset)), coefs, numbers)
+    at_target = _gradient_of(z_g, e_g, u_of(*coin(d_g, e_g, *offset)), coefs, numbers)
     return torch.where(counted, at_target, 0), coef_e, coef_u, scale, counted.to(z.dtype)
 
 
@@ -292,19 +240,22 @@ def _gradient(z, e, u, target, weight, coefs, numbers: Numbers) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The passes, all with the same arguments. They return numbers of the rows as `_pack` leaves them, those asked for last;
-# what is before them is there only to be stored. The gradient is written into `out`, except at the targets, whose
-# gradients are a number of each row. Without `out` it is returned, before the numbers, complete.
+# The passes, all with the same arguments. They return numbers of the rows as `_pack` leaves them. The gradient is
+# written into `out`, except at the targets, whose gradients follow the numbers; without `out` it is returned as well,
+# complete. `out` may be the logits: as its coefficients are taken out of what is packed, it is written after all that
+# reads them.
 
 
-def _with_gradient(gradient: Tensor, target: Tensor, out: Tensor | None, packed: Tensor, at: int) -> tuple[Tensor, ...]:
+def _with_gradient(
+    gradient: Tensor, target: Tensor, out: Tensor | None, packed: Tensor, last: int
+) -> tuple[Tensor] | tuple[Tensor, Tensor]:
     if out is not None:
         out.copy_(gradient)
         return (packed,)
     if target.dim() == 1:
         index = torch.where((target >= 0) & (target < gradient.shape[1]), target, 0)
-        gradient = gradient.scatter(1, index.unsqueeze(1), packed[:, at : at + 1])
-    return gradient, packed
+        gradient = gradient.scatter(1, index.unsqueeze(1), packed[:, last : last + 1])
+    return packed, gradient
 
 
 def lse_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor]:
@@ -313,42 +264,43 @@ def lse_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tup
     return (_pack(*row[:5]),)
 
 
-def sums_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, Tensor]:
+def sums_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor]:
     """The other two, from the five."""
     z = _capped(logits, numbers)
     row = _row(stats)
-    first = _pack(*_offset(row.exp_sum, numbers), row.m)
-    *offset, m = _columns(first, 0, 4)
+    *offset, m = _kept(*offset_of(row.exp_sum, numbers.c), row.m)
     d = z - m
-    h, u = _h_and_u(d, d.exp(), offset)
-    return first, _pack(*_sums(z, h, u, row, target, offset, numbers))
+    t, mu = coin(d, d.exp(), *offset)
+    h, u = h_of(t, mu), u_of(t, mu)
+    return (_pack(*_sums(z, h, u, row, target, offset, numbers)),)
 
 
-def loss_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, Tensor]:
+def loss_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor]:
     """Losses and statistics."""
-    first, *_, row = _walked(_capped(logits, numbers), target, weight, numbers)
-    return first, _pack(*_losses(row, target, numbers), *row)
+    *_, row = _walked(_capped(logits, numbers), target, weight, numbers)
+    return (_pack(*_losses(row, target, numbers), *row),)
 
 
-def gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor]:
-    """The gradient at the target, from all seven statistics."""
+def gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor] | tuple[Tensor, Tensor]:
+    """The gradient, from all seven statistics; no numbers before the target's."""
     z = _capped(logits, numbers)
     row = _row(stats)
-    offset = _offset(row.exp_sum, numbers)
-    coefs = _coefficients(z, row, target, weight, offset, scale, numbers)
-    packed = _pack(*coefs, *offset, row.m)
-    *coefs, off, lost, e_off, m = _columns(packed, 1, 8)
+    *offset, m = _kept(*offset_of(row.exp_sum, numbers.c), row.m)
     d = z - m
     e = d.exp()
-    u = _u(*_coin(d, e, off, lost, e_off))
-    return _with_gradient(_gradient(z, e, u, target, weight, coefs, numbers), target, out, packed, 0)
+    u = u_of(*coin(d, e, *offset))
+    packed = _pack(*_coefficients(z, row, target, weight, offset, scale, numbers))
+    gradient = _gradient(z, e, u, target, weight, _columns(packed, 1, 4), numbers)
+    return _with_gradient(gradient, target, out, packed, 0)
 
 
-def loss_and_gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, Tensor]:
-    """The losses, and the gradient at the target."""
+def loss_and_gradient_pass(
+    logits, target, weight, stats, scale, out, numbers: Numbers
+) -> tuple[Tensor] | tuple[Tensor, Tensor]:
+    """The losses, the target's gradient, and the gradient."""
     z = _capped(logits, numbers)
-    first, offset, e, u, row = _walked(z, target, weight, numbers)
-    at_target, *coefs = _coefficients(z, row, target, weight, offset, scale, numbers)
-    second = _pack(*_losses(row, target, numbers), at_target, *coefs)
-    gradient = _gradient(z, e, u, target, weight, _columns(second, 5, 4), numbers)
-    return first, *_with_gradient(gradient, target, out, second, 4)
+    offset, e, u, row = _walked(z, target, weight, numbers)
+    coefs = _coefficients(z, row, target, weight, offset, scale, numbers)
+    packed = _pack(*_losses(row, target, numbers), *coefs)
+    gradient = _gradient(z, e, u, target, weight, _columns(packed, 5, 4), numbers)
+    return _with_gradient(gradient, target, out, packed, 4)

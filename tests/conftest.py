@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from sre_triton import checks, fallback
+from sre_triton import checks, compiled
 
 torch.set_num_threads(1)  # The tests run in two processes.
 
@@ -31,7 +31,7 @@ def _warned(monkeypatch):
 @pytest.fixture
 def uncompiled(monkeypatch):
     """Everything runs as on a machine without a compiler, which takes no time to compile."""
-    monkeypatch.setattr(fallback, "_uncompiled", {"cpu"})
+    monkeypatch.setattr(compiled, "_uncompiled", {"cpu"})
 
 
 # "triton" is the kernels in Triton's interpreter, "gpu" the same tests with their tensors on a GPU.

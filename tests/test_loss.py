@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from sre_triton import Parts, SelfRegularizedEntropyLoss, checks, fallback, self_regularized_entropy
+from sre_triton import Parts, SelfRegularizedEntropyLoss, checks, compiled, fallback, self_regularized_entropy
 from sre_triton.backend import primitives
 
 modes = pytest.mark.parametrize("recompute", [False, True], ids=["single pass", "recompute"])
@@ -297,7 +297,7 @@ def test_inplace_takes_the_storage_of_the_logits(view, reduction, recompute, row
 
 @pytest.mark.parametrize("uncompiled", [set(), {"cpu"}], ids=["compiled", "uncompiled"])
 def test_inplace_is_seen_by_autograd(uncompiled, monkeypatch):
-    monkeypatch.setattr(fallback, "_uncompiled", uncompiled)
+    monkeypatch.setattr(compiled, "_uncompiled", uncompiled)
     source, target, _ = problem(6, 20, {}, probabilities=True)
     logits = source.requires_grad_().exp()  # whose backward reads its output
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -22,7 +22,9 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "reference",
     "ops",
+    "coin",
     "passes",
+    "compiled",
     "fallback",
     "tiles",
     "rows",

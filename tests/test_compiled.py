@@ -1,0 +1,336 @@
+"""What is compiled: the same numbers as uncompiled, few compilations, and none where there is no compiler."""
+
+import concurrent.futures
+import functools
+import os
+import re
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+from helpers import OPTIONS, loss_and_gradient, problem, truth
+from torch._dynamo.utils import counters
+from torch._functorch import config as functorch
+from torch._inductor import metrics
+from torch._inductor.utils import run_and_get_code
+
+from sre_triton import compiled, fallback, passes, self_regularized_entropy
+
+
+def compilations():
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Nothing compiled yet, and every compilation counted."""
+    torch.compiler.reset()
+    monkeypatch.setattr(compiled, "_compiled", {})
+    counters.clear()
+    metrics.reset()
+    yield
+    torch.compiler.reset()
+
+
+SHAPES = [
+    *[(N, K) for N in (2, 7, 64, 300) for K in (8, 9, 16, 100, 1000, 1024, 1025, 4096, 5003)],
+    *[(N, N) for N in (8, 16, 512, 1300)],
+    *[(N, K) for N in (0, 1, 2, 40) for K in (1, 2, 3, 7, 12)],
+]
+
+
+@pytest.mark.parametrize("first", [(2, 8), (512, 512), (1, 1), (2, 5003)], ids=str)
+def test_any_number_of_shapes_is_compiled_twice(first, fresh):
+    for N, K in [first, *SHAPES]:
+        logits, target, _ = problem(N, K, {})
+        _, _, gradient = loss_and_gradient(logits, target, backend="compile", reduction="sum", recompute=False)
+        true_gradient = truth(logits, target, reduction="sum")[2]
+        torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-3, atol=1e-6)
+    assert compilations() == 2
+    assert not counters["graph_break"]
+    assert not counters["unimplemented"]
+
+
+@pytest.fixture
+def general(monkeypatch):
+    """Whether each version that is compiled was found to be right for all shapes."""
+    found = []
+    judge = compiled._hold_for_all_shapes
+    monkeypatch.setattr(compiled, "_hold_for_all_shapes", lambda *args: found.append(judge(*args)) or found[-1])
+    return found
+
+
+def test_sets_of_options_do_not_push_each_other_out(fresh, general):
+    cases = [
+        (dtype, probabilities, name)
+        for dtype in (torch.float32, torch.bfloat16)
+        for probabilities in (False, True)
+        for name in ("default", "weight+smoothing", "softcap")
+    ]
+    kept = {}
+    for again in (False, True):
+        for dtype, probabilities, name in cases:
+            logits, target, options = problem(33, 200, OPTIONS[name], probabilities=probabilities, dtype=dtype)
+            loss, _, gradient = loss_and_gradient(logits, target, backend="compile", **options)
+            true_loss, _, true_gradient = truth(logits, target, **options)
+            torch.testing.assert_close(loss.double(), true_loss, rtol=5e-6, atol=1e-6)
+            tolerance = 1e-4 if dtype == torch.float32 else 0.01
+            torch.testing.assert_close(gradient.double(), true_gradient, rtol=tolerance, atol=1e-6)
+        kept[again] = compilations()
+    assert kept[False] == len(cases)
+    assert kept[True] == kept[False]
+    assert general == [True] * len(cases)
+    assert not counters["graph_break"]
+
+
+def pass_with_a_limit(logits, target, weight, stats, scale, out, numbers):
+    """loss_pass with another branch for large batches."""
+    logits = logits if logits.shape[0] <= 700 else logits + torch.nan
+    return passes.loss_pass(logits, target, weight, stats, scale, out, numbers)
+
+
+def test_what_is_not_for_all_shapes_is_checked_at_every_call(fresh, general, monkeypatch):
+    monkeypatch.setattr(fallback, "loss_pass", pass_with_a_limit)
+    for N in (10, 800, 20, 900):
+        logits, target, _ = problem(N, 100, {})
+        loss = self_regularized_entropy(logits, target, backend="compile")
+        assert loss.isnan() == (N in (800, 900))
+    assert general == [False, False]
+    assert compilations() == 2
+
+
+def test_modes_are_not_compiled_for(fresh):
+    logits, target, _ = problem(10, 100, {})
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+
+    def step():
+        loss_and_gradient(logits, target, backend="compile")
+
+    step()
+    for autocast in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", autocast):
+            step()
+    try:
+        torch.use_deterministic_algorithms(False)
+        step()
+        torch.set_num_threads(threads + 1)
+        step()
+        torch.set_default_dtype(torch.float64)
+        step()
+    finally:
+        torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+    assert compilations() == 1
+    expected = self_regularized_entropy(logits, target, backend="compile")
+    assert compilations() == 2  # without a gradient
+    with torch.inference_mode():
+        for z in (logits, logits * 1):
+            for y in (target, target + 0):
+                assert torch.equal(self_regularized_entropy(z, y, backend="compile"), expected)
+        of_inference = logits * 1
+    assert torch.equal(self_regularized_entropy(of_inference, target, backend="compile"), expected)
+    assert compilations() == 2
+
+
+@pytest.mark.parametrize("num_classes", [100, 2000], ids=["short", "long"])
+@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("name", ["default", "all"])
+def test_all_loops_are_one_loop_over_the_rows(name, probabilities, num_classes, fresh):
+    # Else the matrix crosses the memory bus, and is stored, several times over.
+    logits, target, options = problem(33, num_classes, OPTIONS[name], probabilities=probabilities)
+    with torch._inductor.config.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+        _, (code,) = run_and_get_code(lambda: loss_and_gradient(logits, target, backend="compile", **options))
+    assert len(metrics.cpp_outer_loop_fused_inner_counts) == 1
+    # Only capped logits, of which there is a block at a time, and the sum of class weights are loops of their own; and
+    # over no classes, that which writes the gradients of the targets.
+    blocks = "softcap" in options
+    others = blocks + (not probabilities) * ("weight" in options) + (not probabilities) * (not blocks)
+    assert code.count("#pragma omp for") == 1 + others
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, functools.partial(torch.autocast, "cpu")])
+def test_what_a_mode_compiled_serves_without_it(mode, fresh):
+    logits, target, _ = problem(10, 100, {})
+    with mode():
+        inside = self_regularized_entropy(logits, target, backend="compile")
+    outside, _, gradient = loss_and_gradient(logits, target, backend="compile", recompute=True)
+    assert torch.equal(inside, outside)
+    torch.testing.assert_close(gradient.double(), truth(logits, target)[2], rtol=1e-4, atol=1e-6)
+    assert compilations() == 2  # without a gradient, and the gradient
+
+
+def test_numbers_are_not_compiled_in(fresh):
+    logits, target, _ = problem(33, 200, {})
+    for value in (0.1, 0.2, 0.3):
+        keywords = {
+            "c": value / 1e6,
+            "reg_weight": value,
+            "z_loss": value,
+            "label_smoothing": value,
+            "softcap": 9 * value,
+        }
+        loss, _, _ = loss_and_gradient(logits, target, backend="compile", ignore_index=int(10 * value), **keywords)
+        true_loss, _, _ = truth(logits, target, ignore_index=int(10 * value), **keywords)
+        torch.testing.assert_close(loss.double(), true_loss, rtol=5e-6, atol=1e-6)
+    assert compilations() == 1
+
+
+def test_one_row_and_few_classes(fresh):
+    for N, K in ((1, 1), (1, 2), (1, 1000), (5, 1), (5, 2), (5, 7), (2, 8), (1, 7)):  # few of them are compiled
+        logits, target, _ = problem(N, K, {})
+        loss, _, gradient = loss_and_gradient(logits, target, backend="compile")
+        true_loss, _, true_gradient = truth(logits, target)
+        torch.testing.assert_close(loss.double(), true_loss, rtol=5e-6, atol=1e-6)
+        torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-4, atol=1e-6)
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_without_a_compiler_the_blocks_run_uncompiled_with_one_warning(tmp_path):
+    code = """
+import warnings, torch
+from sre_triton import self_regularized_entropy
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for K in (20, 30):
+        z = torch.arange(3.0 * K).reshape(3, K).requires_grad_()
+        for target in (torch.tensor([0, 1, 2]), torch.full((3, K), 1 / K)):
+            self_regularized_entropy(z, target).backward()
+print([f"{warning.category.__name__}: {warning.message}" for warning in caught])
+"""
+    out = run(code, CXX="/nonexistent/compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path), PATH="/nonexistent")
+    assert out.count("RuntimeWarning") == 1
+    assert "g++" in out
+    assert out.count("Warning: ") == 1
+
+
+@pytest.mark.parametrize("compiler", [True, False], ids=["compiler", "no-compiler"])
+def test_without_triton_everything_but_triton_works(compiler, tmp_path):
+    # As on macOS and Windows, for which there is no Triton.
+    code = f"""
+import sys
+sys.modules["triton"] = None
+import torch
+from sre_triton import compiled, self_regularized_entropy
+if not {compiler}:
+    compiled._uncompiled.add("cpu")
+z = torch.randn(3, 20, requires_grad=True)
+self_regularized_entropy(z, torch.tensor([0, 1, 2])).backward()
+self_regularized_entropy(z, torch.tensor([0, 1, 2]), backend="eager").backward()
+print(z.grad.isfinite().all().item(), bool(compiled._compiled) == {compiler}, compiled._uncompiled)
+"""
+    expected = "True True set()" if compiler else "True True {'cpu'}"
+    assert run(code, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)).strip() == expected
+    assert bool(list(tmp_path.rglob("*.so"))) == compiler  # where the user wants what was compiled to be kept
+
+
+def broken(error):
+    def compile_(*_, **__):
+        def raise_(*_):
+            raise error
+
+        return raise_
+
+    return compile_
+
+
+def test_a_gpu_that_torch_compile_cannot_serve_runs_uncompiled_with_one_warning(monkeypatch, fresh):
+    monkeypatch.setattr(compiled, "_uncompiled", set())
+    monkeypatch.setattr(torch, "compile", broken(torch._inductor.exc.TritonMissing(None)))
+    logits, target, _ = problem(4, 20, {})
+    with pytest.warns(RuntimeWarning, match="uncompiled, .* triton") as caught:
+        _, _, gradient = loss_and_gradient(logits, target, backend="compile")
+    assert len(caught) == 1
+    torch.testing.assert_close(gradient, truth(logits, target)[2].float())
+
+
+def test_other_failures_of_the_compiler_are_raised(monkeypatch, fresh):
+    error = torch._dynamo.exc.BackendCompilerFailed(str, ValueError("broken"), None)
+    logits, target, _ = problem(4, 20, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", broken(error))
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
+            self_regularized_entropy(logits, target, backend="compile")
+    assert not compiled._uncompiled
+    self_regularized_entropy(logits, target, backend="compile")
+    assert compilations() == 1
+
+
+def test_the_log_tells_of_compiling(fresh, caplog):
+    logits, target, _ = problem(4, 20, {})
+    with caplog.at_level("INFO", "sre_triton"):
+        for _ in range(2):
+            self_regularized_entropy(logits, target, backend="compile")
+    before, after = caplog.records
+    assert before.levelname == "WARNING"  # which is shown where nobody has configured logging
+    assert before.getMessage().startswith("compiling loss_pass for float32 logits on cpu, once for")
+    assert re.fullmatch(r"compiled loss_pass for float32 logits on cpu in \d+\.\d s", after.getMessage())
+
+
+def test_threads_compile_once(fresh):
+    logits, target, _ = problem(33, 100, {})
+    expected = truth(logits, target)[2].float()
+    barrier = threading.Barrier(4)
+
+    def step(_):
+        barrier.wait()
+        return [loss_and_gradient(logits, target, backend="compile")[2] for _ in range(10)]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for gradients in pool.map(step, range(4)):
+            for gradient in gradients:
+                torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
+    assert compilations() == 1
+
+
+LOADER = """
+import torch, warnings
+from torch.utils.data import DataLoader
+from sre_triton import self_regularized_entropy
+
+def loss_of(i):
+    z = torch.arange(64.0).reshape(2, 32).requires_grad_()
+    loss = self_regularized_entropy(z, torch.tensor([i, 1]))
+    loss.backward()
+    return loss.detach(), z.grad
+
+class Losses(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, i):
+        return loss_of(i)
+
+if __name__ == "__main__":
+    if {first}:
+        self_regularized_entropy(torch.zeros(2, 32, requires_grad=True), torch.tensor([0, 1]))
+    batches = list(DataLoader(Losses(), num_workers=2, multiprocessing_context="{method}"))
+    expected = [loss_of(i) for i in range(4)]
+    for (loss, gradient), (true_loss, true_gradient) in zip(batches, expected):
+        torch.testing.assert_close(loss[0], true_loss)
+        torch.testing.assert_close(gradient[0], true_gradient)
+    print("same")
+"""
+
+
+@pytest.mark.parametrize(("method", "first"), [("fork", True), ("fork", False), ("spawn", False)])
+def test_workers_of_a_data_loader(method, first, tmp_path):
+    # Compiled before the fork, or by each worker.
+    script = tmp_path / "loader.py"
+    script.write_text(LOADER.format(method=method, first=first))
+    out = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert out.stdout.strip() == "same", out.stderr
+
+
+def test_compiled_code_raises_no_warning(fresh):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        features, weight = torch.randn(6, 5), torch.randn(5, 20).requires_grad_()
+        self_regularized_entropy(features @ weight, torch.arange(6), backend="compile").backward()
