@@ -6,8 +6,9 @@ coef_p p + coef_u u - coef_1  with the target's own value written over it.
 All of it becomes one loop over the rows, in which a row is walked four times while it lies in the nearest cache. For
 that, Inductor must fuse all loops, and it fuses loops that take one row at a time; for tensors of one number a row, it
 would take a vector of them. So, in what is compiled, the numbers of a row are computed as (n, WIDTH), all columns the
-same. `_pack` collects in the columns of one tensor what is returned. `_kept` sums them up, for the walks: a reduction
-leaves one number a row without being a loop over many, and it is stored, not derived again for every vector of classes.
+same. `_pack` collects in the columns of one tensor what is returned. `_columns` and `_kept` sum over columns, for the
+walks: a reduction leaves one number a row without being a loop over many, and it is stored, not derived again for every
+vector of classes.
 """
 
 from typing import NamedTuple
@@ -66,19 +67,17 @@ def _pack(*numbers: Tensor) -> Tensor:
     return packed
 
 
-def _kept(*numbers: Tensor) -> tuple[Tensor, ...]:
-    """The same numbers, as (n, 1) that are stored."""
-    if not torch.compiler.is_compiling():
-        return numbers
-    return tuple((number.expand(-1, WIDTH) / WIDTH).sum(1, keepdim=True) for number in numbers)
-
-
 def _columns(packed: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
-    """Numbers of `_pack`, (n, 1), stored."""
+    """Numbers of `_pack`, (n, 1), stored: sums of one number and zeros, which are exact in any order."""
     if not torch.compiler.is_compiling():
         return packed[:, first : first + count].split(1, 1)
     column = torch.arange(WIDTH, dtype=packed.dtype, device=packed.device)
     return tuple(torch.where(column == first + i, packed, 0).sum(1, keepdim=True) for i in range(count))
+
+
+def _kept(*numbers: Tensor) -> tuple[Tensor, ...]:
+    """The same numbers, (n, 1), stored."""
+    return tuple(_columns(_wide(number), 0, 1)[0] for number in numbers)
 
 
 def _sum(x: Tensor) -> Tensor:
