@@ -60,8 +60,8 @@ def _run(
     numbers = _numbers_and_tensors(dtype, *options)
     if logits.dtype == dtype and logits.is_contiguous() and compiles(logits) and numbers.softcap is None:
         stats = None if stats is None else stats.unbind()
-        outputs = call(function, logits, target, weight, stats, scale, out, numbers)
-        packed, gradient = outputs if len(outputs) == 2 else (*outputs, out)
+        packed, *others = call(function, logits, target, weight, stats, scale, out, numbers)
+        gradient = others[0] if out is None and scale is not None else out
     else:
         if scale is not None and out is None:
             out = new_gradient(logits)

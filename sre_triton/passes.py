@@ -6,9 +6,9 @@ coef_p p + coef_u u - coef_1  with the target's own value written over it.
 All of it becomes one loop over the rows, in which a row is walked four times while it lies in the nearest cache. For
 that, Inductor must fuse all loops, and it fuses loops that take one row at a time; for tensors of one number a row, it
 would take a vector of them. So, in what is compiled, the numbers of a row are computed as (n, WIDTH), all columns the
-same. `_pack` collects in the columns of one tensor what is returned. `_columns` and `_kept` sum over columns, for the
-walks: a reduction leaves one number a row without being a loop over many, and it is stored, not derived again for every
-vector of classes.
+same; `_pack` collects them in the columns of one tensor, which is returned, since what is returned is stored and not
+derived again for every vector of classes; and `_columns` sums them out of it, as a reduction leaves one number a row
+without being a loop over many.
 """
 
 from typing import NamedTuple
@@ -68,16 +68,11 @@ def _pack(*numbers: Tensor) -> Tensor:
 
 
 def _columns(packed: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
-    """Numbers of `_pack`, (n, 1), stored: sums of one number and zeros, which are exact in any order."""
+    """The numbers of `_pack`, (n, 1), from the first on: sums of one number and zeros, exact in any order."""
     if not torch.compiler.is_compiling():
         return packed[:, first : first + count].split(1, 1)
     column = torch.arange(WIDTH, dtype=packed.dtype, device=packed.device)
     return tuple(torch.where(column == first + i, packed, 0).sum(1, keepdim=True) for i in range(count))
-
-
-def _kept(*numbers: Tensor) -> tuple[Tensor, ...]:
-    """The same numbers, (n, 1), stored."""
-    return tuple(_columns(_wide(number), 0, 1)[0] for number in numbers)
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -165,12 +160,13 @@ def _sums(
 
 
 def _walked(z: Tensor, target: Tensor, weight: Tensor | None, numbers: Numbers) -> tuple:
-    """All that comes before a row's loss and gradient: its offset, exp(d), u, all its numbers."""
+    """All that comes before a row's loss and gradient: what is to be stored, its offset, exp(d), u, all its numbers."""
     d, e, row = _lse(z, target, weight, numbers)
-    offset = _kept(*offset_of(row.exp_sum, numbers.c))
+    first = _pack(*offset_of(row.exp_sum, numbers.c))
+    offset = _columns(first, 0, 3)
     t, mu = coin(d, e, *offset)
     h, u = h_of(t, mu), u_of(t, mu)
-    return offset, e, u, Row(*row[:5], *_sums(z, h, u, row, target, offset, numbers))
+    return first, offset, e, u, Row(*row[:5], *_sums(z, h, u, row, target, offset, numbers))
 
 
 def _losses(row: Row, target: Tensor, numbers: Numbers) -> tuple[Tensor, ...]:
@@ -242,7 +238,7 @@ def _gradient(z, e, u, target, weight, coefs, numbers: Numbers) -> Tensor:
 # The passes, all with the same arguments. They return numbers of the rows as `_pack` leaves them. The gradient is
 # written into `out`, except at the targets, whose gradients follow the numbers; without `out` it is returned as well,
 # complete. `out` may be the logits: as its coefficients are taken out of what is packed, it is written after all that
-# reads them.
+# reads them. What else is returned is there only to be stored.
 
 
 def _with_gradient(
@@ -257,49 +253,49 @@ def _with_gradient(
     return packed, gradient
 
 
-def lse_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor]:
+def lse_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, ...]:
     """The first five statistics."""
     _, _, row = _lse(_capped(logits, numbers), target, weight, numbers)
     return (_pack(*row[:5]),)
 
 
-def sums_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor]:
+def sums_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, ...]:
     """The other two, from the five."""
     z = _capped(logits, numbers)
     row = _row(stats)
-    *offset, m = _kept(*offset_of(row.exp_sum, numbers.c), row.m)
+    first = _pack(*offset_of(row.exp_sum, numbers.c), row.m)
+    *offset, m = _columns(first, 0, 4)
     d = z - m
     t, mu = coin(d, d.exp(), *offset)
     h, u = h_of(t, mu), u_of(t, mu)
-    return (_pack(*_sums(z, h, u, row, target, offset, numbers)),)
+    return _pack(*_sums(z, h, u, row, target, offset, numbers)), first
 
 
-def loss_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor]:
+def loss_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, ...]:
     """Losses and statistics."""
-    *_, row = _walked(_capped(logits, numbers), target, weight, numbers)
-    return (_pack(*_losses(row, target, numbers), *row),)
+    first, *_, row = _walked(_capped(logits, numbers), target, weight, numbers)
+    return _pack(*_losses(row, target, numbers), *row), first
 
 
-def gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor] | tuple[Tensor, Tensor]:
+def gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, ...]:
     """The gradient, from all seven statistics; no numbers before the target's."""
     z = _capped(logits, numbers)
     row = _row(stats)
-    *offset, m = _kept(*offset_of(row.exp_sum, numbers.c), row.m)
+    offset = offset_of(row.exp_sum, numbers.c)
+    coefs = _coefficients(z, row, target, weight, offset, scale, numbers)
+    packed = _pack(*coefs, *offset, row.m)
+    *coefs, off, lost, e_off, m = _columns(packed, 1, 8)
     d = z - m
     e = d.exp()
-    u = u_of(*coin(d, e, *offset))
-    packed = _pack(*_coefficients(z, row, target, weight, offset, scale, numbers))
-    gradient = _gradient(z, e, u, target, weight, _columns(packed, 1, 4), numbers)
-    return _with_gradient(gradient, target, out, packed, 0)
+    u = u_of(*coin(d, e, off, lost, e_off))
+    return _with_gradient(_gradient(z, e, u, target, weight, coefs, numbers), target, out, packed, 0)
 
 
-def loss_and_gradient_pass(
-    logits, target, weight, stats, scale, out, numbers: Numbers
-) -> tuple[Tensor] | tuple[Tensor, Tensor]:
+def loss_and_gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, ...]:
     """The losses, the target's gradient, and the gradient."""
     z = _capped(logits, numbers)
-    offset, e, u, row = _walked(z, target, weight, numbers)
+    first, offset, e, u, row = _walked(z, target, weight, numbers)
     coefs = _coefficients(z, row, target, weight, offset, scale, numbers)
     packed = _pack(*_losses(row, target, numbers), *coefs)
     gradient = _gradient(z, e, u, target, weight, _columns(packed, 5, 4), numbers)
-    return _with_gradient(gradient, target, out, packed, 4)
+    return *_with_gradient(gradient, target, out, packed, 4), first
