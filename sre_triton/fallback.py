@@ -17,8 +17,9 @@ from .ops import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, primiti
 from .passes import Numbers, gradient_pass, loss_and_gradient_pass, loss_pass, lse_pass, sums_pass
 from .reference import compute_dtype
 
-# Bytes in one block of rows, in the dtype of the arithmetic, where there are blocks: half precision is copied into one.
-# Steps on blocks of 2 MiB took 1.05 times as long, of 1 MiB 1.2 times (bf16, K from 1000 to 262144, 2 cores).
+# Bytes in one block of rows, in the dtype of the arithmetic, where there are blocks.
+# Steps on blocks of 2 MiB took 1.05 times as long, of 1 MiB 1.2 times (bf16 when it was copied, K from 1000 to 262144,
+# 2 cores).
 BLOCK_BYTES = 4 * 2**20
 
 
@@ -38,9 +39,10 @@ def _numbers(dtype, c, reg_weight, ignore_index, label_smoothing, z_loss, softca
 
 def _numbers_and_tensors(dtype, c: float | Tensor, reg_weight: float | Tensor, *others) -> Numbers:
     """The same where c and λ' may be tensors."""
-    if not isinstance(reg_weight, Tensor):
+    if not isinstance(c, Tensor) and not isinstance(reg_weight, Tensor):
         return _numbers(dtype, c, reg_weight, *others)
     c = c if isinstance(c, Tensor) else _number(c, torch.float64)
+    reg_weight = reg_weight if isinstance(reg_weight, Tensor) else _number(reg_weight, torch.float64)
     reg_weight = reg_weight.double() if reg_weight.device.type == "cpu" else reg_weight
     return _numbers(dtype, 1.0, 1.0, *others)._replace(c=c, reg_weight=reg_weight)
 
@@ -58,7 +60,7 @@ def _run(
     stats = None if stats is None else stats.contiguous()
     scale = None if scale is None else scale.contiguous()
     numbers = _numbers_and_tensors(dtype, *options)
-    if logits.dtype == dtype and logits.is_contiguous() and compiles(logits) and numbers.softcap is None:
+    if logits.is_contiguous() and compiles(logits) and numbers.softcap is None:
         stats = None if stats is None else stats.unbind()
         packed, *others = call(function, logits, target, weight, stats, scale, out, numbers)
         gradient = others[0] if out is None and scale is not None else out
@@ -87,9 +89,9 @@ def _blocks(
 ) -> Tensor:
     """The same, a block of rows at a time, with the numbers of a row as the pass returns them.
 
-    Half precision and rows that do not lie one after another are copied into z, and so is everything that leaves
-    matrices as large as the logits in between, which so stay in the cache: softcap, and what is not compiled. The
-    gradient may be written over z: each element of it is the last that is computed from its logit.
+    Rows that do not lie one after another are copied into z, and so is everything that leaves matrices as large as the
+    logits in between, which so stay in the cache: softcap, and what is not compiled. The gradient may be written over
+    z: each element of it is the last that is computed from its logit.
     """
     num_rows, num_classes = logits.shape
     dtype = compute_dtype(logits.dtype)

@@ -242,14 +242,15 @@ def _gradient(z, e, u, target, weight, coefs, numbers: Numbers) -> Tensor:
 
 
 def _with_gradient(
-    gradient: Tensor, target: Tensor, out: Tensor | None, packed: Tensor, last: int
+    gradient: Tensor, dtype: torch.dtype, target: Tensor, out: Tensor | None, packed: Tensor, last: int
 ) -> tuple[Tensor] | tuple[Tensor, Tensor]:
     if out is not None:
         out.copy_(gradient)
         return (packed,)
+    gradient = gradient.to(dtype)
     if target.dim() == 1:
         index = torch.where((target >= 0) & (target < gradient.shape[1]), target, 0)
-        gradient = gradient.scatter(1, index.unsqueeze(1), packed[:, last : last + 1])
+        gradient = gradient.scatter(1, index.unsqueeze(1), packed[:, last : last + 1].to(dtype))
     return packed, gradient
 
 
@@ -288,7 +289,8 @@ def gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -
     d = z - m
     e = d.exp()
     u = u_of(*coin(d, e, off, lost, e_off))
-    return _with_gradient(_gradient(z, e, u, target, weight, coefs, numbers), target, out, packed, 0)
+    gradient = _gradient(z, e, u, target, weight, coefs, numbers)
+    return _with_gradient(gradient, logits.dtype, target, out, packed, 0)
 
 
 def loss_and_gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, ...]:
@@ -298,4 +300,4 @@ def loss_and_gradient_pass(logits, target, weight, stats, scale, out, numbers: N
     coefs = _coefficients(z, row, target, weight, offset, scale, numbers)
     packed = _pack(*_losses(row, target, numbers), *coefs)
     gradient = _gradient(z, e, u, target, weight, _columns(packed, 5, 4), numbers)
-    return *_with_gradient(gradient, target, out, packed, 4), first
+    return *_with_gradient(gradient, logits.dtype, target, out, packed, 4), first

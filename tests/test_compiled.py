@@ -136,12 +136,17 @@ def test_modes_are_not_compiled_for(fresh):
     assert compilations() == 2
 
 
-@pytest.mark.parametrize("num_classes", [100, 2000], ids=["short", "long"])
+@pytest.mark.parametrize(
+    ("num_classes", "dtype"),
+    [(100, torch.float32), (2000, torch.float32), (100, torch.bfloat16)],
+    ids=["short", "long", "bfloat16"],
+)
 @pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 @pytest.mark.parametrize("name", ["default", "all"])
-def test_all_loops_are_one_loop_over_the_rows(name, probabilities, num_classes, fresh):
+def test_all_loops_are_one_loop_over_the_rows(name, probabilities, num_classes, dtype, fresh):
     # Else the matrix crosses the memory bus, and is stored, several times over.
-    logits, target, options = problem(33, num_classes, OPTIONS[name], probabilities=probabilities)
+    torch.use_deterministic_algorithms(False)  # which makes several loops over the targets of one
+    logits, target, options = problem(33, num_classes, OPTIONS[name], probabilities=probabilities, dtype=dtype)
     with torch._inductor.config.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
         _, (code,) = run_and_get_code(lambda: loss_and_gradient(logits, target, backend="compile", **options))
     assert len(metrics.cpp_outer_loop_fused_inner_counts) == 1
