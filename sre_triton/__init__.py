@@ -27,13 +27,22 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
     checks.py      user input -> errors that say what was expected and what came
     autograd.py    the two ways to the gradient
     loss.py        the public function
-    modules.py     the nn.Module
+    chunks.py      a linear layer and its loss, a chunk of rows at a time
+    linear.py      the public function for both together
+    modules.py     the nn.Modules
 """
 
+from .linear import linear_self_regularized_entropy
 from .loss import self_regularized_entropy
-from .modules import SelfRegularizedEntropyLoss
+from .modules import LinearSelfRegularizedEntropyLoss, SelfRegularizedEntropyLoss
 from .reference import Parts
 
 __version__ = "0.1.0"
 
-__all__ = ["Parts", "SelfRegularizedEntropyLoss", "self_regularized_entropy"]
+__all__ = [
+    "LinearSelfRegularizedEntropyLoss",
+    "Parts",
+    "SelfRegularizedEntropyLoss",
+    "linear_self_regularized_entropy",
+    "self_regularized_entropy",
+]

@@ -15,9 +15,7 @@ SECOND_BACKWARD = (
     "self_regularized_entropy: the gradient was computed together with the loss and handed over by the first backward; "
     "pass recompute=True to run backward through the same graph again"
 )
-DOUBLE_BACKWARD = (
-    "self_regularized_entropy: the gradient cannot be differentiated again; pass backend='eager', which can"
-)
+DOUBLE_BACKWARD = "sre_triton: the gradient cannot be differentiated again; pass backend='eager', which can"
 
 
 def reduced(losses: Tensor, factor: Tensor, reduction: str, backend: str) -> Tensor:
@@ -35,7 +33,7 @@ def few_launches(rows: Tensor, backend: str) -> bool:
     return backend == "triton" and plain and 0 < rows.shape[0] <= primitives(backend).FEW_ROWS
 
 
-def _functional(grad_loss: Tensor) -> bool:
+def is_functional(grad_loss: Tensor) -> bool:
     """Whether the backward must not write in place: it is watched, batched, or recorded itself."""
     return is_watched() or is_batched(grad_loss) or torch.is_grad_enabled()
 
@@ -85,7 +83,7 @@ class SinglePass(torch.autograd.Function):
         if grad_loss is None:
             return None, *no_more
         (gradient,) = ctx.saved_tensors
-        if _functional(grad_loss):
+        if is_functional(grad_loss):
             return (gradient * grad_loss.unsqueeze(-1)).to(gradient.dtype), *no_more
         ctx.handed_over = True
         return primitives(ctx.backend).scale_gradient_(gradient.detach(), grad_loss), *no_more
@@ -127,7 +125,7 @@ class Recompute(torch.autograd.Function):
         arguments = (target, weight, stats, scale, *scalars, *ctx.options[2:])
         if torch.compiler.is_compiling():
             return primitives(ctx.backend).row_gradient(rows, *arguments), *no_more
-        if ctx.inplace and not _functional(grad_loss):
+        if ctx.inplace and not is_functional(grad_loss):
             return primitives(ctx.backend).row_gradient_(rows, *arguments), *no_more
         return apply(_RowGradient, rows, ctx.backend, *arguments), *no_more
 

@@ -64,11 +64,11 @@ def check_options(
     label_smoothing,
     z_loss,
     softcap,
-    inplace,
-    recompute,
     return_parts,
     shard,
     backend,
+    inplace=False,
+    recompute=None,
 ) -> None:
     """The arguments that can be judged alone."""
     largest = sys.float_info.max
@@ -108,50 +108,118 @@ def check_options(
         raise NotImplementedError("shard: classes sharded over devices are not part of this version; pass None")
 
 
-def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
-    """Shapes, dtypes and devices: what ``F.cross_entropy`` takes."""
+def _check_are_tensors(needed: dict[str, object], optional: dict[str, object]) -> None:
     distributed = sys.modules.get("torch.distributed.tensor")
-    for argument, value in (("input", input), ("target", target), ("weight", weight)):
-        if not isinstance(value, Tensor) and not (value is None and argument == "weight"):
-            raise _wrong(TypeError, argument, "a tensor" if argument != "weight" else "a tensor or None", value)
+    for argument, value in (needed | optional).items():
+        if not isinstance(value, Tensor) and not (value is None and argument in optional):
+            raise _wrong(TypeError, argument, "a tensor" if argument in needed else "a tensor or None", value)
         if distributed is not None and isinstance(value, distributed.DTensor):
             raise NotImplementedError(f"{argument}: DTensor is not part of this version yet; pass full_tensor()")
+
+
+def _check_device(argument: str, value: Tensor, input: Tensor) -> None:
+    if value.device != input.device:
+        raise ValueError(f"{argument}: expected a tensor on {input.device}, as input, got one on {value.device}")
+
+
+def under_autocast(device: torch.device) -> bool:
+    """Whether autocast chooses dtypes on the device."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def _check_target(
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    *,
+    input: Tensor,
+    logits_shape: torch.Size,
+    dim: int,  # of the classes
+) -> None:
+    _check_device("target", target, input)
+    if target.shape == logits_shape:
+        if target.dtype not in FLOATS:
+            raise _wrong(TypeError, "target", "floating-point probabilities, since its shape is the logits'", target)
+        if ignore_index >= 0:
+            raise _wrong(ValueError, "ignore_index", "a negative number with target probabilities", ignore_index)
+    else:
+        if target.dtype not in (torch.int64, torch.uint8):
+            expected = "int64 or uint8 class indices, or probabilities shaped as the logits"
+            raise _wrong(TypeError, "target", expected, target)
+        shape = logits_shape[:dim] + logits_shape[dim + 1 :]
+        if target.shape != shape and not (len(logits_shape) == 1 and target.shape == (1,)):
+            expected = f"class indices of shape {tuple(shape)} or probabilities of shape {tuple(logits_shape)}"
+            raise _wrong(ValueError, "target", expected, target)
+    if weight is None:
+        return
+    if weight.shape != (logits_shape[dim],):
+        raise _wrong(ValueError, "weight", f"a tensor of shape ({logits_shape[dim]},)", weight)
+    _check_device("weight", weight, input)
+    if weight.dtype not in FLOATS:
+        raise _wrong(TypeError, "weight", "a floating-point tensor", weight)
+    if target.shape != logits_shape:
+        if weight.dtype != input.dtype and not under_autocast(input.device):
+            raise _wrong(TypeError, "weight", f"the input's dtype, {input.dtype}, with class indices", weight)
+        if weight.requires_grad:
+            raise ValueError("weight: expected one that requires no gradient with class indices; detach it")
+
+
+def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
+    """Shapes, dtypes and devices: what ``F.cross_entropy`` takes."""
+    _check_are_tensors({"input": input, "target": target}, {"weight": weight})
     if input.dtype not in FLOATS:
         raise _wrong(TypeError, "input", "float16, bfloat16, float32 or float64 logits", input)
     if input.dim() == 0:
         raise _wrong(ValueError, "input", "logits of shape (K,), (N, K) or (N, K, d1, ...)", input)
     dim = min(1, input.dim() - 1)
-    num_classes = input.shape[dim]
-    if num_classes == 0:
+    if input.shape[dim] == 0:
         raise _wrong(ValueError, "input", "at least one class", input)
-    if target.device != input.device:
-        raise ValueError(f"target: expected a tensor on {input.device}, as input, got one on {target.device}")
-    if target.shape == input.shape:
-        if target.dtype not in FLOATS:
-            raise _wrong(TypeError, "target", "floating-point probabilities, since its shape is the input's", target)
-        if ignore_index >= 0:
-            raise _wrong(ValueError, "ignore_index", "a negative number with target probabilities", ignore_index)
-    else:
-        if target.dtype not in (torch.int64, torch.uint8):
-            raise _wrong(TypeError, "target", "int64 or uint8 class indices, or probabilities shaped as input", target)
-        shape = input.shape[:dim] + input.shape[dim + 1 :]
-        if target.shape != shape and not (input.dim() == 1 and target.shape == (1,)):
-            expected = f"class indices of shape {tuple(shape)} or probabilities of shape {tuple(input.shape)}"
-            raise _wrong(ValueError, "target", expected, target)
-    if weight is None:
+    _check_target(target, weight, ignore_index, input=input, logits_shape=input.shape, dim=dim)
+
+
+def check_linear(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    chunk_rows: int | None,
+) -> None:
+    """The same for a linear layer and its loss."""
+    needed = {"input": input, "linear_weight": linear_weight, "target": target}
+    _check_are_tensors(needed, {"linear_bias": linear_bias, "weight": weight})
+    if input.dtype not in FLOATS:
+        raise _wrong(TypeError, "input", "float16, bfloat16, float32 or float64 features", input)
+    if input.dim() == 0:
+        raise _wrong(ValueError, "input", "features of shape (..., D)", input)
+    if linear_weight.dim() != 2 or linear_weight.shape[0] == 0 or linear_weight.shape[1] != input.shape[-1]:
+        expected = f"a tensor of shape (K, {input.shape[-1]}), K at least 1, for input of shape {tuple(input.shape)}"
+        raise _wrong(ValueError, "linear_weight", expected, linear_weight)
+    num_classes = linear_weight.shape[0]
+    if linear_bias is not None and linear_bias.shape != (num_classes,):
+        raise _wrong(ValueError, "linear_bias", f"a tensor of shape ({num_classes},)", linear_bias)
+    for argument, value in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if value is None:
+            continue
+        _check_device(argument, value, input)
+        # Autocast brings all dtypes but float64 to one.
+        brought = under_autocast(input.device) and torch.float64 not in (value.dtype, input.dtype)
+        if value.dtype not in FLOATS or (value.dtype != input.dtype and not brought):
+            raise _wrong(TypeError, argument, f"the input's dtype, {input.dtype}", value)
+    shape = input.shape[:-1] + linear_weight.shape[:1]
+    _check_target(target, weight, ignore_index, input=input, logits_shape=shape, dim=input.dim() - 1)
+    check_chunk_rows(chunk_rows)
+
+
+def check_chunk_rows(chunk_rows: int | None) -> None:
+    """A number of rows, or None."""
+    if chunk_rows is None:
         return
-    if weight.shape != (num_classes,):
-        raise _wrong(ValueError, "weight", f"a tensor of shape ({num_classes},)", weight)
-    if weight.device != input.device:
-        raise ValueError(f"weight: expected a tensor on {input.device}, as input, got one on {weight.device}")
-    if weight.dtype not in FLOATS:
-        raise _wrong(TypeError, "weight", "a floating-point tensor", weight)
-    if target.shape != input.shape:
-        device = input.device.type
-        if weight.dtype != input.dtype and (device == "meta" or not torch.is_autocast_enabled(device)):
-            raise _wrong(TypeError, "weight", f"the input's dtype, {input.dtype}, with class indices", weight)
-        if weight.requires_grad:
-            raise ValueError("weight: expected one that requires no gradient with class indices; detach it")
+    if not isinstance(chunk_rows, (int, Integral)) or isinstance(chunk_rows, bool):
+        raise _wrong(TypeError, "chunk_rows", "None or an int", chunk_rows)
+    if chunk_rows < 1:
+        raise _wrong(ValueError, "chunk_rows", "None or an int of at least 1", chunk_rows)
 
 
 def check_range(target: Tensor, num_classes: int, ignore_index: int) -> bool:

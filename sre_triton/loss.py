@@ -27,7 +27,7 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.movedim(1, -1).flatten(0, -2)
 
 
-def _factor(reduction, denominator, rows, target, weight, ignore_index, none_ignored, backend) -> Tensor:
+def factor_of(reduction, denominator, rows, num_classes, target, weight, ignore_index, none_ignored, backend) -> Tensor:
     """What the sum of the rows' losses is multiplied by, ()."""
     dtype = compute_dtype(rows.dtype)
     if reduction != "mean":
@@ -36,7 +36,7 @@ def _factor(reduction, denominator, rows, target, weight, ignore_index, none_ign
         if target.dim() == 2 or (none_ignored and weight is None):
             denominator = rows.shape[0]
         elif few_launches(rows, backend):
-            return primitives(backend).inverse_count(target, weight, rows.shape[1], ignore_index)
+            return primitives(backend).inverse_count(target, weight, num_classes, ignore_index)
         else:
             denominator = sample_weights(target, weight, ignore_index).sum()
     if isinstance(denominator, Tensor):
@@ -46,7 +46,14 @@ def _factor(reduction, denominator, rows, target, weight, ignore_index, none_ign
     return torch.full((), 1 / denominator if denominator else math.inf, dtype=dtype, device=rows.device)
 
 
-def _scalars(c, reg_weight, per_class: float, backend: str, rows: Tensor) -> tuple[float | Tensor, float | Tensor]:
+def per_class_of(class_mean: bool | None, num_classes: int) -> float:
+    """What the mean over the wrong classes multiplies S by."""
+    if not class_mean:
+        return 1.0
+    return 1 / (num_classes - 1) if num_classes > 1 else 0.0
+
+
+def scalars_of(c, reg_weight, per_class: float, backend: str, rows: Tensor) -> tuple[float | Tensor, float | Tensor]:
     """c, and λ' times what the mean over the classes makes of it, as the primitives take them."""
     if torch.compiler.is_compiling():
         # A number times a tensor, which is traced without compiling the number in. In a graph for a GPU, nothing may
@@ -62,6 +69,31 @@ def _scalars(c, reg_weight, per_class: float, backend: str, rows: Tensor) -> tup
     device = c.device if isinstance(c, Tensor) else "cpu"
     device = device if reg_weight.device.type == "cpu" else rows.device
     return c, reg_weight.detach().to(device, compute_dtype(rows.dtype)) * per_class
+
+
+def is_transformed() -> bool:
+    """Whether somebody differentiates or batches whose tensors need not say that they require a gradient."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def result_of(
+    loss: Tensor,
+    losses: Tensor,  # (4, rows)
+    factor: Tensor,
+    per_class: float,
+    *,
+    reduction: str,
+    shape: torch.Size,
+    return_parts: bool,
+) -> Tensor | tuple[Tensor, Parts]:
+    """What the user gets: the loss, without reduction in ``shape``, and its parts."""
+    if reduction == "none":
+        loss, losses = loss.reshape(shape), losses.reshape(NUM_LOSSES, *shape)
+    if not return_parts:
+        return loss
+    parts = losses[1:].contiguous() if reduction == "none" else losses[1:].sum(1) * factor
+    cross_entropy, regularizer, z_penalty = parts.unbind()
+    return loss, Parts(cross_entropy, regularizer * per_class, z_penalty)
 
 
 def _own_rows(rows: Tensor) -> bool:
@@ -182,7 +214,6 @@ def self_regularized_entropy(
         target = target.long()  # before anything is compared with it: in uint8, 300 is 44
     none_ignored = indices and check_range(target, num_classes, ignore_index)
     wants_gradient = torch.is_grad_enabled() and input.requires_grad
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if inplace and wants_gradient and not torch.compiler.is_compiling():
         check_inplace(input)
     if class_mean is None:
@@ -210,12 +241,12 @@ def self_regularized_entropy(
     rows = _as_rows(input)
     target = target.flatten() if indices else _as_rows(target)
     # λ' and the mean over the classes are one number.
-    per_class = (1 / (num_classes - 1) if num_classes > 1 else 0.0) if class_mean else 1.0
-    factor = _factor(reduction, denominator, rows, target, weight, ignore_index, none_ignored, name)
-    scalars = _scalars(c, reg_weight, per_class, name, rows)
+    per_class = per_class_of(class_mean, num_classes)
+    factor = factor_of(reduction, denominator, rows, num_classes, target, weight, ignore_index, none_ignored, name)
+    scalars = scalars_of(c, reg_weight, per_class, name, rows)
     options = *scalars, int(ignore_index), float(label_smoothing), float(z_loss), float(softcap or 0.0)
 
-    if wants_gradient or transformed:
+    if wants_gradient or is_transformed():
         inplace = inplace and wants_gradient and not is_watched() and _own_rows(rows)
         if not wants_gradient:
             recompute = True
@@ -226,11 +257,5 @@ def self_regularized_entropy(
     else:
         losses, _ = primitives(name).row_loss(rows, target, weight, *options)
         loss = reduced(losses, factor, reduction, name)
-    if reduction == "none":
-        shape = input.shape[:dim] + input.shape[dim + 1 :]
-        loss, losses = loss.reshape(shape), losses.reshape(NUM_LOSSES, *shape)
-    if not return_parts:
-        return loss
-    parts = losses[1:].contiguous() if reduction == "none" else losses[1:].sum(1) * factor
-    cross_entropy, regularizer, z_penalty = parts.unbind()
-    return loss, Parts(cross_entropy, regularizer * per_class, z_penalty)
+    shape = input.shape[:dim] + input.shape[dim + 1 :]
+    return result_of(loss, losses, factor, per_class, reduction=reduction, shape=shape, return_parts=return_parts)

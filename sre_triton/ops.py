@@ -104,13 +104,14 @@ def is_batched(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
-def _needs_dispatch(logits: Tensor, args: tuple) -> bool:
+def needs_dispatch(logits: Tensor, args: tuple) -> bool:
     """Whether the call must pass PyTorch's dispatcher: for a watcher, or for tensors that are not plain."""
     plain = type(logits) in (Tensor, torch.nn.Parameter) and not logits.is_meta
     return not plain or is_watched() or any(map(is_batched, args))
 
 
-def _scalar(value: float | Tensor) -> Tensor:
+def scalar_of(value: float | Tensor) -> Tensor:
+    """As the registered ops take c and λ'."""
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
@@ -166,10 +167,12 @@ def primitive(backend: str) -> Callable[[Callable], Callable]:
 
         @functools.wraps(function)
         def call(logits: Tensor, *args):
-            if not _needs_dispatch(logits, args):
+            if not needs_dispatch(logits, args):
                 return function(logits, *args)
             *args, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap = args
-            return op(logits, *args, _scalar(c), _scalar(reg_weight), ignore_index, label_smoothing, z_loss, softcap)
+            return op(
+                logits, *args, scalar_of(c), scalar_of(reg_weight), ignore_index, label_smoothing, z_loss, softcap
+            )
 
         call.op = op
         return call

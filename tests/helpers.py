@@ -138,3 +138,31 @@ def mp_truth(logits, target, options):
             rows.append([float(value) for value in loss(z)])
             gradients.append([float((moved(k, step) - moved(k, -step)) / (2 * step)) for k in range(K)])
     return torch.tensor(rows, dtype=torch.float64), torch.tensor(gradients, dtype=torch.float64)
+
+
+def linear_problem(shape, D, K, options, *, probabilities=False, dtype=torch.float32):
+    """Features (*shape, D), W, b, target and options, with logits that are exact in every dtype: quarters below 32."""
+    device = torch.get_default_device()
+    N = torch.Size(shape).numel()
+    _, target, options = problem(N, K, options, probabilities=probabilities, dtype=dtype)
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(1)
+        input = torch.randint(-1, 2, (*shape, D), generator=generator)
+        linear_weight = torch.randint(-4, 5, (K, D), generator=generator) / 4
+        linear_bias = torch.randint(-8, 9, (K,), generator=generator) / 4
+    target = target.reshape(*shape, K) if probabilities else target.reshape(shape)
+    tensors = (tensor.to(device, dtype).requires_grad_() for tensor in (input, linear_weight, linear_bias))
+    return *tensors, target, options
+
+
+def linear_truth(input, linear_weight, linear_bias, target, *, upstream=None, **options):
+    """In float64: the loss, its parts, the gradients of input, W and b, and the gradient of the logits (N, K)."""
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (input, linear_weight, linear_bias)]
+    rows = leaves[0].reshape(-1, input.shape[-1])
+    logits = torch.nn.functional.linear(rows, *leaves[1:])
+    target = target.reshape(-1, logits.shape[1]).double() if target.is_floating_point() else target.reshape(-1)
+    wide = {name: value.double() if name == "weight" else value for name, value in options.items()}
+    loss, parts = reference.self_regularized_entropy(logits, target, **wide)
+    logits.retain_grad()
+    loss.backward(torch.ones_like(loss) if upstream is None else upstream.reshape(loss.shape).double())
+    return loss.detach(), parts, [leaf.grad for leaf in leaves], logits.grad

@@ -5,9 +5,15 @@ from fractions import Fraction
 import pytest
 import torch
 
-from sre_triton import SelfRegularizedEntropyLoss, self_regularized_entropy
+from sre_triton import (
+    LinearSelfRegularizedEntropyLoss,
+    SelfRegularizedEntropyLoss,
+    linear_self_regularized_entropy,
+    self_regularized_entropy,
+)
 
 z, y, P, w = torch.randn(4, 7), torch.arange(4), torch.rand(4, 7), torch.rand(7)
+x, W, b = torch.randn(4, 3), torch.randn(7, 3), torch.randn(7)
 nan, inf = float("nan"), float("inf")
 
 OPTIONS = [
@@ -70,6 +76,11 @@ def test_options(keywords, error, text):
         self_regularized_entropy(z, y, **keywords)
     with pytest.raises(error, match=f"^{text}"):
         SelfRegularizedEntropyLoss(**keywords)
+    if not set(keywords) & {"inplace", "recompute"}:
+        with pytest.raises(error, match=f"^{text}"):
+            linear_self_regularized_entropy(x, W, y, **keywords)
+        with pytest.raises(error, match=f"^{text}"):
+            LinearSelfRegularizedEntropyLoss(3, 7, **keywords)
 
 
 TENSORS = [
@@ -97,6 +108,61 @@ TENSORS = [
 def test_tensors(tensors, error, text):
     with pytest.raises(error, match=f"^{text}"):
         self_regularized_entropy(*tensors)
+
+
+LINEAR = [
+    ((x.tolist(), W, y), {}, TypeError, r"input: expected a tensor, got \[\["),
+    ((x, None, y), {}, TypeError, "linear_weight: expected a tensor, got None"),
+    ((x, W, y), {"linear_bias": 1.0}, TypeError, r"linear_bias: expected a tensor or None, got 1\.0"),
+    ((x.long(), W, y), {}, TypeError, "input: expected float16, bfloat16, float32 or float64 features, got a int64"),
+    ((x[0, 0], W, y[0]), {}, ValueError, r"input: expected features of shape \(\.\.\., D\), got .* of shape \(\)"),
+    ((x, W.t(), y), {}, ValueError, r"linear_weight: expected a tensor of shape \(K, 3\), .* of shape \(3, 7\)"),
+    ((x, W[0], y), {}, ValueError, r"linear_weight: expected a tensor of shape \(K, 3\), .* of shape \(3,\)"),
+    ((x, W[:0], y), {}, ValueError, r"linear_weight: expected .* K at least 1, .* of shape \(0, 3\)"),
+    ((x, W, y), {"linear_bias": b[:3]}, ValueError, r"linear_bias: expected a tensor of shape \(7,\), got"),
+    ((x, W.half(), y), {}, TypeError, "linear_weight: expected the input's dtype, torch.float32, got a float16"),
+    ((x, W, y), {"linear_bias": b.double()}, TypeError, "linear_bias: expected the input's dtype, torch.float32, got"),
+    ((x, W.to("meta"), y), {}, ValueError, "linear_weight: expected a tensor on cpu, as input, got one on meta"),
+    ((x, W, y.to("meta")), {}, ValueError, "target: expected a tensor on cpu, as input, got one on meta"),
+    (
+        (x, W, y[:3]),
+        {},
+        ValueError,
+        r"target: expected class indices of shape \(4,\) or probabilities of shape \(4, 7\)",
+    ),
+    ((x[None], W, y), {}, ValueError, r"target: expected class indices of shape \(1, 4\) or probabilities of shape"),
+    (
+        (x, W, y.int()),
+        {},
+        TypeError,
+        "target: expected int64 or uint8 class indices, or probabilities shaped as the logi",
+    ),
+    ((x, W, y), {"weight": w[:3]}, ValueError, r"weight: expected a tensor of shape \(7,\), got"),
+    ((x, W, P), {"ignore_index": 3}, ValueError, "ignore_index: expected a negative number with target probabilities"),
+    ((x, W, y + 5), {}, IndexError, "target: expected class indices from 0 to 6 or ignore_index=-100, got 7"),
+    ((x, W, y), {"chunk_rows": 0}, ValueError, "chunk_rows: expected None or an int of at least 1, got 0"),
+    ((x, W, y), {"chunk_rows": 2.0}, TypeError, r"chunk_rows: expected None or an int, got 2\.0"),
+]
+
+
+@pytest.mark.parametrize(("tensors", "keywords", "error", "text"), LINEAR)
+def test_linear(tensors, keywords, error, text):
+    with pytest.raises(error, match=f"^{text}"):
+        linear_self_regularized_entropy(*tensors, **keywords)
+
+
+@pytest.mark.parametrize("chunk_rows", [0, True, "4"])
+def test_chunk_rows_of_the_module(chunk_rows):
+    with pytest.raises((TypeError, ValueError), match="^chunk_rows: expected None or an int"):
+        LinearSelfRegularizedEntropyLoss(3, 7, chunk_rows=chunk_rows)
+
+
+def test_dtypes_under_autocast(uncompiled):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        linear_self_regularized_entropy(x, W.bfloat16(), y, linear_bias=b)
+        linear_self_regularized_entropy(x.double(), W.double(), y)
+        with pytest.raises(TypeError, match="linear_weight: expected the input's dtype, torch.float32"):
+            linear_self_regularized_entropy(x, W.double(), y)
 
 
 def test_ignore_index_with_probabilities():

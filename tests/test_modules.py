@@ -7,7 +7,12 @@ import pickle
 import pytest
 import torch
 
-from sre_triton import SelfRegularizedEntropyLoss, self_regularized_entropy
+from sre_triton import (
+    LinearSelfRegularizedEntropyLoss,
+    SelfRegularizedEntropyLoss,
+    linear_self_regularized_entropy,
+    self_regularized_entropy,
+)
 
 z, y = torch.randn(6, 20), torch.arange(6)
 
@@ -36,6 +41,32 @@ def test_signature_is_the_functions():
         name: p.default for name, p in function.items() if name not in ("input", "target")
     }
     assert set(CHANGED) == set(module) - {"weight"}
+
+
+def keywords(function):
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: (p.default, p.annotation) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def test_the_linear_loss_has_the_same_keywords():
+    plain, linear = keywords(self_regularized_entropy), keywords(linear_self_regularized_entropy)
+    assert set(plain) - set(linear) == {"inplace", "recompute"}
+    assert set(linear) - set(plain) == {"linear_bias", "weight", "chunk_rows"}
+    assert plain | linear == linear | plain
+    module = keywords(LinearSelfRegularizedEntropyLoss)
+    assert set(module) - set(linear) == {"bias", "device", "dtype"}
+    assert set(linear) - set(module) == {"linear_bias"}
+    assert linear | module == module | linear
+
+
+@pytest.mark.parametrize("name", sorted((set(CHANGED) | {"chunk_rows"}) - {"inplace", "recompute"}))
+def test_every_keyword_reaches_the_linear_function(name, uncompiled):
+    options = {name: CHANGED.get(name, 2)}
+    module = LinearSelfRegularizedEntropyLoss(5, 20, **options)
+    features = torch.randn(6, 5)
+    expected = linear_self_regularized_entropy(features, module.linear.weight, y, **options)
+    torch.testing.assert_close(module(features, y), expected)
+    assert getattr(module, name) == options[name]
 
 
 @pytest.mark.parametrize("name", CHANGED)

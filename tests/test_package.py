@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import sre_triton
-from sre_triton import loss, modules
+from sre_triton import linear, loss, modules
 
 ROOT = Path(__file__).parents[1]
 # Each file imports only from those before it.
@@ -37,6 +37,8 @@ ORDER = [
     "checks",
     "autograd",
     "loss",
+    "chunks",
+    "linear",
     "modules",
 ]
 
@@ -56,7 +58,13 @@ def test_dependencies_are_torch_and_triton():
 
 
 def test_exports():
-    assert set(sre_triton.__all__) == {"Parts", "SelfRegularizedEntropyLoss", "self_regularized_entropy"}
+    assert set(sre_triton.__all__) == {
+        "LinearSelfRegularizedEntropyLoss",
+        "Parts",
+        "SelfRegularizedEntropyLoss",
+        "linear_self_regularized_entropy",
+        "self_regularized_entropy",
+    }
     assert all(getattr(sre_triton, name).__doc__ for name in sre_triton.__all__)
     assert re.fullmatch(r"\d+\.\d+\.\d+", sre_triton.__version__)
 
@@ -72,16 +80,18 @@ def test_imports_run_one_way():
                     assert ORDER.index(name) < ORDER.index(path.stem), f"{path.stem} imports {name}"
 
 
-@pytest.mark.parametrize("module", [loss, modules], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [loss, linear, modules], ids=lambda module: module.__name__)
 def test_docstring_examples(module, uncompiled):
     result = doctest.testmod(module, extraglobs={"torch": torch, **vars(sre_triton)})
     assert result.attempted
     assert not result.failed
 
 
-def test_docstring_names_every_argument():
-    documented = inspect.getdoc(sre_triton.self_regularized_entropy)
-    for name in inspect.signature(sre_triton.self_regularized_entropy).parameters:
+@pytest.mark.parametrize("name", ["self_regularized_entropy", "linear_self_regularized_entropy"])
+def test_docstring_names_every_argument(name):
+    function = getattr(sre_triton, name)
+    documented = inspect.getdoc(function)
+    for name in inspect.signature(function).parameters:
         assert re.search(rf"^    {name}: ", documented, re.MULTILINE), name
 
 

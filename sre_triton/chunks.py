@@ -1,0 +1,201 @@
+"""A linear layer and the loss of its logits, a chunk of rows at a time, so that N x K logits never exist.
+
+For each chunk of rows x, and the classifier's W and b:
+
+    z  = x W' + b                            into memory that all chunks share
+    g  = d loss / d z                        over z, in one pass with the losses: row_loss_and_gradient_
+    dx = g W,   dW += g' x,   db += Σ g      sums over the chunks in float32 or wider
+
+The products are PyTorch's. Each reads W once a chunk, and dW is read and written, which costs little beside a product
+of many rows and much beside one of few: that decides how many rows make a chunk.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backend import primitives
+from .ops import NUM_LOSSES, OPTIONS, needs_dispatch, scalar_of
+from .reference import compute_dtype
+
+# Logits of a chunk, and the rows it has at least.
+# On a GPU 512 MiB in bfloat16. While an H100 moves a byte it does 330 operations of a product in bfloat16, and of dW it
+# moves 8 bytes for 2 operations a row: from 1300 rows on it can do both at a time. No GPU has timed this.
+GPU_LOGITS, GPU_ROWS = 2**28, 1024
+# On a CPU 64 MiB in float32. At K = 50257, D = 256 chunks of 192 to 4096 rows took the same time within 12 %, of 128
+# rows 1.2 times as long (2 cores).
+CPU_LOGITS, CPU_ROWS = 2**24, 128
+MULTIPLE = 64  # of rows, as products are computed in tiles
+LINE = 128  # bytes: where rows begin on a GPU. Products that read them at any other place, as for odd K, are slow.
+
+
+class How(NamedTuple):
+    """What is to be computed, apart from the tensors."""
+
+    backend: str
+    chunk_rows: int  # 0: rows_of_chunk
+    dtype: torch.dtype  # of the logits
+    wanted: tuple[bool, bool, bool]  # which gradients: of input, linear_weight, linear_bias
+    options: tuple[int, float, float, float]  # ignore_index, label_smoothing, z_loss, softcap
+
+
+def rows_of_chunk(num_rows: int, num_classes: int, device: torch.device) -> int:
+    """How many rows make a chunk when the user does not say; the last has fewer."""
+    logits, rows = (CPU_LOGITS, CPU_ROWS) if device.type == "cpu" else (GPU_LOGITS, GPU_ROWS)
+    num_chunks = max(1, -(-num_rows // max(rows, logits // num_classes)))
+    return -(-num_rows // (num_chunks * MULTIPLE)) * MULTIPLE
+
+
+def gradient_dtype(parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Of a parameter's gradient before the upstream one is known: a sum over rows may be too large for float16."""
+    return torch.float32 if dtype == torch.float16 else parameter.dtype
+
+
+def _chunks(num_rows: int, size: int, kept: Tensor | None) -> list[slice] | list[Tensor]:
+    """The rows of each chunk."""
+    if kept is not None:
+        return list(kept.split(size)) if kept.shape[0] else []
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, max(1, size))]
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """``total += a b``, in the dtype of ``total``; the first time ``total = a b``."""
+    beta = 0 if first else 1
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif total.is_cuda and torch.version.hip is None:
+        torch.addmm(total, a, b, total.dtype, beta=beta, out=total)
+    else:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+
+
+def _compute(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    scale: Tensor,
+    backend: str,
+    chunk_rows: int,
+    dtype: torch.dtype,
+    wanted: list[bool],
+    *options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row_primitives = primitives(backend)
+    input = input.detach()
+    W = linear_weight.detach().to(dtype)
+    b = None if linear_bias is None else linear_bias.detach().to(dtype)
+    num_rows, num_classes = input.shape[0], W.shape[0]
+    of_input, of_weight, of_bias = wanted
+
+    # Nothing of an ignored row is to reach a gradient, not even a NaN among its features. On a CPU such rows are left
+    # out; on a GPU, where to count them would be to wait for them, their features are set to 0.
+    ignored = target == options[2] if target.dim() == 1 else None
+    kept = None
+    if ignored is not None and ignored.device.type == "cpu":
+        kept = (~ignored).nonzero().squeeze(1) if ignored.any() else None
+        ignored = None
+    num_kept = num_rows if kept is None else kept.shape[0]
+    size = min(chunk_rows or rows_of_chunk(num_kept, num_classes, input.device), num_kept)
+    chunks = _chunks(num_rows, size, kept)
+
+    exact = compute_dtype(dtype)
+    losses = input.new_zeros(NUM_LOSSES, num_rows, dtype=exact)
+    grad_input = input.new_zeros(input.shape if of_input else 0)
+    sums_dtype = exact if len(chunks) > 1 else gradient_dtype(linear_weight, dtype)
+    grad_weight = W.new_empty(W.shape if of_weight else 0, dtype=sums_dtype)
+    grad_bias = W.new_zeros(num_classes if of_bias else 0, dtype=exact)
+    if not chunks:
+        grad_weight.zero_()
+
+    pitch = num_classes
+    if backend == "triton":
+        pitch = -(-num_classes * dtype.itemsize // LINE) * LINE // dtype.itemsize
+    logits = W.new_empty(size, pitch)[:, :num_classes]
+    for rows in chunks:
+        x = input[rows].to(dtype)
+        if ignored is not None:
+            x = x.masked_fill(ignored[rows].unsqueeze(1), 0)
+        z = logits[: x.shape[0]]
+        if b is None:
+            torch.mm(x, W.t(), out=z)
+        else:
+            torch.addmm(b, x, W.t(), out=z)
+        if not any(wanted):
+            losses[:, rows] = row_primitives.row_loss(z, target[rows], weight, *options)[0]
+            continue
+        losses[:, rows], g = row_primitives.row_loss_and_gradient_(z, target[rows], weight, scale[rows], *options)
+        if of_input:
+            grad_input[rows] = torch.mm(g, W).to(grad_input.dtype)
+        if of_weight:
+            _add_product(grad_weight, g.t(), x, first=rows is chunks[0])
+        if of_bias:
+            grad_bias += g.sum(0, dtype=exact)
+    grad_weight = grad_weight.to(gradient_dtype(linear_weight, dtype))
+    grad_bias = grad_bias.to(gradient_dtype(linear_weight if linear_bias is None else linear_bias, dtype))
+    return losses, grad_input, grad_weight, grad_bias
+
+
+def _without_autocast(input: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The dtypes are decided, and products in float32 are meant to be."""
+    with torch.autocast(input.device.type, enabled=False):
+        return _compute(input, *arguments)
+
+
+def _fake(
+    input, linear_weight, linear_bias, target, weight, scale, backend, chunk_rows, dtype, wanted, *options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_input, of_weight, of_bias = wanted
+    bias = linear_weight if linear_bias is None else linear_bias
+    return (
+        input.new_empty(NUM_LOSSES, input.shape[0], dtype=compute_dtype(dtype)),
+        input.new_empty(input.shape if of_input else 0),
+        linear_weight.new_empty(linear_weight.shape if of_weight else 0, dtype=gradient_dtype(linear_weight, dtype)),
+        linear_weight.new_empty(linear_weight.shape[0] if of_bias else 0, dtype=gradient_dtype(bias, dtype)),
+    )
+
+
+def _one_by_one(info, in_dims, *args):
+    """The batching rule. More rows in one call would not do, as gradients of parameters are sums over rows."""
+
+    def of_call(arg, dim, i):
+        return arg.select(dim, i) if isinstance(dim, int) else arg
+
+    calls = (map(of_call, args, in_dims, [i] * len(args)) for i in range(info.batch_size))
+    outputs = [_op(*call) for call in calls]
+    return tuple(torch.stack(output) for output in zip(*outputs, strict=True)), (0,) * len(outputs[0])
+
+
+_op = torch.library.custom_op(
+    "sre_triton::linear_losses_and_gradients",
+    _without_autocast,
+    mutates_args=(),
+    schema="(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor scale, "
+    f"str backend, int chunk_rows, ScalarType dtype, bool[] wanted, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_op.register_fake(_fake)
+_op.register_vmap(_one_by_one)
+
+
+def linear_losses_and_gradients(
+    input: Tensor,  # (N, D)
+    linear_weight: Tensor,  # (K, D)
+    linear_bias: Tensor | None,  # (K,)
+    target: Tensor,  # (N,) or (N, K)
+    weight: Tensor | None,  # (K,)
+    scale: Tensor,  # (N,)
+    c: float | Tensor,
+    reg_weight: float | Tensor,
+    how: How,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The losses of each row, (4, N), and those gradients of Σ scale * loss that are wanted.
+
+    The gradients of parameters have their :func:`gradient_dtype`. One that is not wanted has no elements.
+    """
+    tensors = input, linear_weight, linear_bias, target, weight, scale
+    arguments = *tensors, how.backend, how.chunk_rows, how.dtype, list(how.wanted)
+    if any(tensor is not None and needs_dispatch(tensor, (tensor,)) for tensor in tensors):
+        return _op(*arguments, scalar_of(c), scalar_of(reg_weight), *how.options)
+    return _without_autocast(*arguments, c, reg_weight, *how.options)

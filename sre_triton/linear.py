@@ -1,0 +1,285 @@
+"""A linear layer and the loss together, without the logits in between: the public function and its autograd Functions.
+
+The two ways to the gradient are those of the loss itself. For ``"mean"`` and ``"sum"`` the gradients are computed
+together with the loss, and the backward hands them over. For ``"none"``, whose upstream gradient is a vector, the
+backward computes everything again.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .autograd import DOUBLE_BACKWARD, is_functional, reduced
+from .backend import choose, primitives
+from .checks import check_linear, check_many_classes, check_options, check_range, under_autocast
+from .chunks import How, linear_losses_and_gradients
+from .loss import factor_of, is_transformed, per_class_of, result_of, scalars_of
+from .reference import Parts
+
+SECOND_BACKWARD = (
+    "linear_self_regularized_entropy: the gradients were computed together with the loss and handed over by the first "
+    "backward; pass reduction='none', which computes them in every backward, to run it through the same graph again"
+)
+NO_GRADIENTS = (False, False, False)
+
+
+class LinearSinglePass(torch.autograd.Function):
+    """Loss and gradients, which are outputs for the sake of those who differentiate through them, to be told no."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input, linear_weight, linear_bias, target, weight, factor, c, reg_weight, reduction, how):
+        # With 1/N in them, gradients in float16 would vanish before the loss scaler reaches them.
+        early = torch.ones_like(factor) if how.dtype == torch.float16 else factor
+        scale = early.expand(input.shape[0])
+        tensors = input, linear_weight, linear_bias, target, weight, scale
+        losses, *gradients = linear_losses_and_gradients(*tensors, c, reg_weight, how)
+        return reduced(losses, factor, reduction, how.backend), losses, *gradients
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, losses, *gradients = output
+        ctx.how = inputs[-1]
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
+        ctx.handed_over = False
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(losses, *(gradients if torch.compiler.is_compiling() else ()))
+        ctx.save_for_backward(inputs[5], *gradients)
+
+    @staticmethod
+    def backward(ctx, grad_loss, _, *grad_gradients):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and any(gradient is not None for gradient in grad_gradients):
+            raise RuntimeError(DOUBLE_BACKWARD)
+        if not compiling and ctx.handed_over:
+            raise RuntimeError(SECOND_BACKWARD)
+        if grad_loss is None:
+            return (None,) * 10
+        factor, *gradients = ctx.saved_tensors
+        if ctx.how.dtype == torch.float16:
+            # Infinite where no row is counted, and all gradients are 0.
+            grad_loss = grad_loss * torch.where(factor.isinf(), 0, factor)
+        functional = compiling or is_functional(grad_loss)
+        scaled = []
+        for gradient, wanted, dtype in zip(gradients, ctx.how.wanted, ctx.dtypes, strict=True):
+            if not wanted:
+                scaled.append(None)
+            elif functional:
+                scaled.append((gradient * grad_loss).to(dtype))
+            else:
+                rows = gradient.detach() if gradient.dim() == 2 else gradient.detach().unsqueeze(0)
+                primitives(ctx.how.backend).scale_gradient_(rows, grad_loss)
+                scaled.append(rows.view_as(gradient).to(dtype))
+        if not functional:
+            ctx.handed_over = True
+        return *scaled, *(None,) * 7
+
+
+class LinearRecompute(torch.autograd.Function):
+    """The loss alone; the backward computes logits and gradients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input, linear_weight, linear_bias, target, weight, factor, c, reg_weight, reduction, how):
+        scale = factor.expand(input.shape[0])
+        tensors = input, linear_weight, linear_bias, target, weight, scale
+        losses, *_ = linear_losses_and_gradients(*tensors, c, reg_weight, how._replace(wanted=NO_GRADIENTS))
+        return reduced(losses, factor, reduction, how.backend), losses
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, c, reg_weight, _, ctx.how = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        # c and λ' are numbers or tensors.
+        ctx.scalars = tuple(None if isinstance(scalar, Tensor) else scalar for scalar in (c, reg_weight))
+        saved = (scalar if isinstance(scalar, Tensor) else None for scalar in (c, reg_weight))
+        ctx.save_for_backward(*tensors, *saved)
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        if grad_loss is None:
+            return (None,) * 10
+        *tensors, factor, saved_c, saved_reg_weight = ctx.saved_tensors
+        scale = (factor * grad_loss).expand(tensors[0].shape[0])
+        c, reg_weight = (
+            number if saved is None else saved
+            for saved, number in zip((saved_c, saved_reg_weight), ctx.scalars, strict=True)
+        )
+        compute = linear_losses_and_gradients if torch.compiler.is_compiling() else _LinearGradients.apply
+        _, *gradients = compute(*tensors, scale, c, reg_weight, ctx.how)
+        of_tensors = zip(gradients, tensors, ctx.how.wanted, strict=False)
+        return *(g.to(tensor.dtype) if wanted else None for g, tensor, wanted in of_tensors), *(None,) * 7
+
+
+class _LinearGradients(torch.autograd.Function):
+    """The gradients, as a node whose own backward says no."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input, linear_weight, linear_bias, target, weight, scale, c, reg_weight, how):
+        return linear_losses_and_gradients(input, linear_weight, linear_bias, target, weight, scale, c, reg_weight, how)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(DOUBLE_BACKWARD)
+
+
+def linear_self_regularized_entropy(
+    input: Tensor,  # (..., D)
+    linear_weight: Tensor,  # (K, D)
+    target: Tensor,  # class indices (...), or probabilities (..., K)
+    *,
+    linear_bias: Tensor | None = None,  # (K,)
+    weight: Tensor | None = None,  # (K,)
+    chunk_rows: int | None = None,
+    c: float = 1e-7,
+    reg_weight: float | Tensor = 1.0,
+    class_mean: bool | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    return_parts: bool = False,
+    shard: None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Parts]:
+    r"""A linear layer and the self-regularized entropy of its logits, which never exist all at a time.
+
+    For features x (one row of ``input``), W (``linear_weight``) and b (``linear_bias``)::
+
+        z = W x + b
+        loss = H(z) - reg_weight * S(z)
+
+    the values and gradients of ``self_regularized_entropy(F.linear(input, W, b), target)`` with the classes in the last
+    dimension, in the memory of a chunk of rows: the product, the loss with the gradient written over the logits, and
+    the products that make the gradients of input, W and b of it, one chunk after another. The gradients are there when
+    the forward ends. With ``reduction="none"`` the backward computes logits and gradients anew.
+
+    Args:
+        input: features (..., D), in float16, bfloat16, float32 or float64; under autocast the logits have its dtype.
+        linear_weight: W (K, D), of the input's dtype, or of any but float64 under autocast.
+        target: class indices (int64 or uint8) of shape (...), or probabilities (..., K) in any floating dtype. For a
+            language model shift the labels, ``labels.roll(-1, 1)`` with the last column set to ``ignore_index``: logits
+            and features that are sliced must be copied.
+        linear_bias: b (K,), or None.
+        weight: class weights (K,).
+        chunk_rows: how many rows make a chunk; the result depends on it by roundings alone. None is chosen so that a
+            chunk has at most 2^24 logits but 128 rows or more on a CPU (64 MiB in float32), 2^28 but 1024 rows or more
+            elsewhere (512 MiB in bfloat16), and chunks are about equal.
+        c: the probability to which wrong classes are pushed, from 1e-30 to 1.
+        reg_weight: λ, finite; a number or a 0-dim tensor, through which no gradient flows.
+        class_mean: divide S by K - 1; None is the plain sum and warns where :func:`self_regularized_entropy` does.
+        ignore_index: rows with this class index have loss 0, and nothing of them reaches any gradient, not even NaN;
+            a CPU spends no time on them.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in ``F.cross_entropy``.
+        denominator: with ``"mean"``, divide by this number or 0-dim tensor instead.
+        label_smoothing: ε; y becomes (1 - ε) y + ε / K.
+        z_loss: α >= 0; adds α lse².
+        softcap: s > 0; the logits become s tanh(z / s) first.
+        return_parts: also return :class:`Parts`.
+        shard: not available in this version; None.
+        backend: who computes the loss of a chunk, ``"triton"``, ``"compile"`` or None, which chooses as
+            :func:`self_regularized_entropy` does; ``"eager"`` is a plain linear layer and plain autograd.
+
+    Returns:
+        As :func:`self_regularized_entropy`: the loss, float32 (float64 for float64), a scalar or with
+        ``reduction="none"`` of shape (...); with ``return_parts`` a pair of it and :class:`Parts`. The gradients of
+        linear_weight and linear_bias are summed over the chunks in float32, and are rounded to their dtype once.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, dtype, shape, device or range.
+        IndexError: a class index on a CPU is out of range. On a GPU or inside ``torch.compile`` its row is NaN, and so
+            are all gradients of parameters.
+        RuntimeError: in the backward, when it comes a second time (not with ``reduction="none"``) or is differentiated
+            itself (see ``backend``).
+
+    Example:
+        >>> features = torch.randn(2, 16, 64, requires_grad=True)
+        >>> head = torch.nn.Linear(64, 1000, bias=False)
+        >>> labels = torch.randint(1000, (2, 16))
+        >>> loss = linear_self_regularized_entropy(features, head.weight, labels, class_mean=True)
+        >>> loss.backward()
+        >>> head.weight.grad.shape
+        torch.Size([1000, 64])
+
+    Source: the loss as :func:`self_regularized_entropy`.
+    """
+    check_options(
+        c=c,
+        reg_weight=reg_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        denominator=denominator,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        class_mean=class_mean,
+        return_parts=return_parts,
+        shard=shard,
+        backend=backend,
+    )
+    check_linear(input, linear_weight, linear_bias, target, weight, ignore_index, chunk_rows)
+    num_classes, num_features = linear_weight.shape
+    shape = input.shape[:-1]
+    indices = target.shape != (*shape, num_classes)
+    if indices:
+        target = target.long()  # before anything is compared with it: in uint8, 300 is 44
+    none_ignored = indices and check_range(target, num_classes, ignore_index)
+    if class_mean is None:
+        check_many_classes(num_classes, reg_weight)
+
+    rows = input.reshape(-1, num_features)
+    target = target.reshape(-1) if indices else target.reshape(-1, num_classes)
+    per_class = per_class_of(class_mean, num_classes)
+    others = (tensor for tensor in (target, weight) if tensor is not None)
+    name = choose(backend, input, torch.is_grad_enabled() and any(tensor.requires_grad for tensor in others))
+    if name == "eager":
+        if indices:
+            rows = torch.where((target == ignore_index).unsqueeze(1), 0, rows)
+        loss, parts = reference.self_regularized_entropy(
+            F.linear(rows, linear_weight, linear_bias),
+            target,
+            weight,
+            c=c,
+            reg_weight=reg_weight,
+            class_mean=bool(class_mean),
+            ignore_index=ignore_index,
+            reduction=reduction,
+            denominator=denominator,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+        )
+        if reduction == "none":
+            loss, parts = loss.reshape(shape), Parts(*(part.reshape(shape) for part in parts))
+        return (loss, parts) if return_parts else loss
+
+    factor = factor_of(reduction, denominator, rows, num_classes, target, weight, ignore_index, none_ignored, name)
+    dtype = input.dtype
+    if dtype != torch.float64 and under_autocast(input.device):
+        dtype = torch.get_autocast_dtype(input.device.type)
+    tensors = rows, linear_weight, linear_bias
+    wanted = tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors)
+    options = int(ignore_index), float(label_smoothing), float(z_loss), float(softcap or 0.0)
+    how = How(name, int(chunk_rows or 0), dtype, wanted, options)
+    scalars = scalars_of(c, reg_weight, per_class, name, rows)
+
+    if any(wanted) or is_transformed():
+        function = LinearSinglePass if any(wanted) and reduction != "none" else LinearRecompute
+        loss, losses, *_ = function.apply(*tensors, target, weight, factor, *scalars, reduction, how)
+    else:
+        scale = factor.expand(rows.shape[0])
+        losses, *_ = linear_losses_and_gradients(*tensors, target, weight, scale, *scalars, how)
+        loss = reduced(losses, factor, reduction, name)
+    return result_of(loss, losses, factor, per_class, reduction=reduction, shape=shape, return_parts=return_parts)
