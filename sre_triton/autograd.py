@@ -5,6 +5,8 @@ hands it over, multiplied by the upstream gradient where that is not 1. With *re
 a row and the backward reads the logits again.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -149,33 +151,32 @@ class _RowGradient(torch.autograd.Function):
         raise RuntimeError(DOUBLE_BACKWARD)
 
 
-def _plain(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+@functools.cache
+def _plain(function: type[torch.autograd.Function], count: int) -> type[torch.autograd.Function]:
     """The same for plain eager code.
 
     Where there is a setup_context, PyTorch binds the arguments anew at every call: a hundred microseconds, a quarter of
-    a step's time in Python. And each argument costs, so that all but the rows come as one.
+    a step's time in Python. And each argument costs, so that all but those with a gradient come as one.
     """
 
     class Plain(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, rows, arguments):
-            outputs = function.forward(rows, *arguments)
-            function.setup_context(ctx, (rows, *arguments), outputs)
+        def forward(ctx, *args):
+            args = *args[:count], *args[count]
+            outputs = function.forward(*args)
+            function.setup_context(ctx, args, outputs)
             return outputs
 
         @staticmethod
         def backward(ctx, *grads):
-            return function.backward(ctx, *grads)[0], None
+            return *function.backward(ctx, *grads)[:count], None
 
     Plain.__name__ = Plain.__qualname__ = function.__name__
     return Plain
 
 
-_PLAIN = {function: _plain(function) for function in (SinglePass, Recompute, _RowGradient)}
-
-
-def apply(function: type[torch.autograd.Function], rows: Tensor, *arguments) -> tuple[Tensor, ...] | Tensor:
-    """Apply SinglePass or Recompute."""
-    if is_watched() or any(map(is_batched, (rows, *arguments))):
-        return function.apply(rows, *arguments)
-    return _PLAIN[function].apply(rows, arguments)
+def apply(function: type[torch.autograd.Function], *arguments, count: int = 1) -> tuple[Tensor, ...] | Tensor:
+    """Apply a Function of which the first ``count`` arguments may get a gradient."""
+    if is_watched() or any(map(is_batched, arguments)):
+        return function.apply(*arguments)
+    return _plain(function, count).apply(*arguments[:count], arguments[count:])

@@ -61,13 +61,16 @@ def _chunks(num_rows: int, size: int, kept: Tensor | None) -> list[slice] | list
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """``total += a b``, in the dtype of ``total``; the first time ``total = a b``."""
-    beta = 0 if first else 1
-    if total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=beta, out=total)
-    elif total.is_cuda and torch.version.hip is None:
-        torch.addmm(total, a, b, total.dtype, beta=beta, out=total)
+    dtype = ()
+    if total.dtype != a.dtype:
+        if total.is_cuda and torch.version.hip is None:
+            dtype = (total.dtype,)
+        else:
+            a, b = a.to(total.dtype), b.to(total.dtype)
+    if first:
+        torch.mm(a, b, *dtype, out=total)
     else:
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+        torch.addmm(total, a, b, *dtype, out=total)
 
 
 def _compute(

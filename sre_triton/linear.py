@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .autograd import DOUBLE_BACKWARD, is_functional, reduced
+from .autograd import DOUBLE_BACKWARD, apply, is_functional, reduced
 from .backend import choose, primitives
 from .checks import check_linear, check_many_classes, check_options, check_range, under_autocast
 from .chunks import How, linear_losses_and_gradients
@@ -109,8 +109,11 @@ class LinearRecompute(torch.autograd.Function):
             number if saved is None else saved
             for saved, number in zip((saved_c, saved_reg_weight), ctx.scalars, strict=True)
         )
-        compute = linear_losses_and_gradients if torch.compiler.is_compiling() else _LinearGradients.apply
-        _, *gradients = compute(*tensors, scale, c, reg_weight, ctx.how)
+        arguments = *tensors, scale, c, reg_weight, ctx.how
+        if torch.compiler.is_compiling():
+            _, *gradients = linear_losses_and_gradients(*arguments)
+        else:
+            _, *gradients = apply(_LinearGradients, *arguments, count=3)
         of_tensors = zip(gradients, tensors, ctx.how.wanted, strict=False)
         return *(g.to(tensor.dtype) if wanted else None for g, tensor, wanted in of_tensors), *(None,) * 7
 
@@ -277,7 +280,7 @@ def linear_self_regularized_entropy(
 
     if any(wanted) or is_transformed():
         function = LinearSinglePass if any(wanted) and reduction != "none" else LinearRecompute
-        loss, losses, *_ = function.apply(*tensors, target, weight, factor, *scalars, reduction, how)
+        loss, losses, *_ = apply(function, *tensors, target, weight, factor, *scalars, reduction, how, count=3)
     else:
         scale = factor.expand(rows.shape[0])
         losses, *_ = linear_losses_and_gradients(*tensors, target, weight, scale, *scalars, how)
