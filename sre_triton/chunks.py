@@ -23,9 +23,9 @@ from .reference import compute_dtype
 # On a GPU 512 MiB in bfloat16. While an H100 moves a byte it does 330 operations of a product in bfloat16, and of dW it
 # moves 8 bytes for 2 operations a row: from 1300 rows on it can do both at a time. No GPU has timed this.
 GPU_LOGITS, GPU_ROWS = 2**28, 1024
-# On a CPU 64 MiB in float32. At K = 50257, D = 256 chunks of 192 to 4096 rows took the same time within 12 %, of 128
-# rows 1.2 times as long (2 cores).
-CPU_LOGITS, CPU_ROWS = 2**24, 128
+# On a CPU 64 MiB in float32. At K = 50257 and 128256, D = 256, chunks of 512 and 1024 rows were the fastest, and those of
+# 256 rows took 1.04 times as long in float32, 1.2 times in bfloat16 (2 cores).
+CPU_LOGITS, CPU_ROWS = 2**24, 512
 MULTIPLE = 64  # of rows, as products are computed in tiles
 LINE = 128  # bytes: where rows begin on a GPU. Products that read them at any other place, as for odd K, are slow.
 
@@ -61,16 +61,21 @@ def _chunks(num_rows: int, size: int, kept: Tensor | None) -> list[slice] | list
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """``total += a b``, in the dtype of ``total``; the first time ``total = a b``."""
-    dtype = ()
+    how = {"out": total}
     if total.dtype != a.dtype:
-        if total.is_cuda and torch.version.hip is None:
-            dtype = (total.dtype,)
+        if total.is_cuda:
+            how["out_dtype"] = total.dtype
+        elif a.dtype == torch.bfloat16:
+            # A CPU that multiplies bfloat16 has it as the result, too: rounded once a chunk, after sums in float32.
+            # Products in float32 made a step 1.6 times as long (2 cores, AVX-512).
+            total.copy_(a @ b) if first else total.add_(a @ b)
+            return
         else:
             a, b = a.to(total.dtype), b.to(total.dtype)
     if first:
-        torch.mm(a, b, *dtype, out=total)
+        torch.mm(a, b, **how)
     else:
-        torch.addmm(total, a, b, *dtype, out=total)
+        torch.addmm(total, a, b, **how)
 
 
 def _compute(
@@ -141,12 +146,6 @@ def _compute(
     return losses, grad_input, grad_weight, grad_bias
 
 
-def _without_autocast(input: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The dtypes are decided, and products in float32 are meant to be."""
-    with torch.autocast(input.device.type, enabled=False):
-        return _compute(input, *arguments)
-
-
 def _fake(
     input, linear_weight, linear_bias, target, weight, scale, backend, chunk_rows, dtype, wanted, *options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -173,7 +172,7 @@ def _one_by_one(info, in_dims, *args):
 
 _op = torch.library.custom_op(
     "sre_triton::linear_losses_and_gradients",
-    _without_autocast,
+    _compute,
     mutates_args=(),
     schema="(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor scale, "
     f"str backend, int chunk_rows, ScalarType dtype, bool[] wanted, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -201,4 +200,4 @@ def linear_losses_and_gradients(
     arguments = *tensors, how.backend, how.chunk_rows, how.dtype, list(how.wanted)
     if any(tensor is not None and needs_dispatch(tensor, (tensor,)) for tensor in tensors):
         return _op(*arguments, scalar_of(c), scalar_of(reg_weight), *how.options)
-    return _without_autocast(*arguments, c, reg_weight, *how.options)
+    return _compute(*arguments, c, reg_weight, *how.options)

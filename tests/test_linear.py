@@ -31,7 +31,7 @@ reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
 def loss_and_gradients(input, linear_weight, linear_bias, target, *, upstream=None, **options):
     leaves = [None if tensor is None else tensor.detach().clone() for tensor in (input, linear_weight, linear_bias)]
-    leaves = [leaf if leaf is None else leaf.requires_grad_() for leaf in leaves]
+    leaves = [None if leaf is None else leaf.requires_grad_() for leaf in leaves]
     loss, parts = linear_self_regularized_entropy(
         leaves[0], leaves[1], target, linear_bias=leaves[2], return_parts=True, **options
     )
@@ -166,6 +166,23 @@ def test_gradients_of_parameters_are_summed_in_float32(dtype, chunk_rows, uncomp
     expected[0] -= 1
     torch.testing.assert_close(of_weight.float(), expected[:, None].expand(16, 8), rtol=ROUNDING[dtype], atol=0)
     torch.testing.assert_close(of_bias.float(), expected, rtol=ROUNDING[dtype], atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_no_less_accurate_than_the_plain_path(dtype, row_backend):
+    input, W, _, target, _ = linear_problem((64,), 32, 200, {}, dtype=dtype)
+    zero = torch.zeros(200, dtype=dtype)
+    true = linear_truth(input, W, zero, target, upstream=torch.tensor(64.0))[2]
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (input, W)]
+    keywords = {"recompute": True, "backend": row_backend}
+    (64 * self_regularized_entropy(F.linear(*leaves), target, **keywords)).backward()
+    for chunk_rows in (1, 5, 64):
+        ours = loss_and_gradients(
+            input, W, None, target, upstream=torch.tensor(64.0), chunk_rows=chunk_rows, backend=row_backend
+        )[2]
+        for gradient, leaf, expected in zip(ours, leaves, true, strict=False):
+            plain = (leaf.grad.double() - expected).norm()
+            assert (gradient.double() - expected).norm() <= 1.25 * plain
 
 
 # -- ignored rows -----------------------------------------------------------------------------------------------------

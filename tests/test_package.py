@@ -4,6 +4,7 @@ import ast
 import csv
 import doctest
 import inspect
+import math
 import os
 import re
 import subprocess
@@ -149,6 +150,48 @@ def test_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, capsys, u
         assert row["torch"] == torch.__version__
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path / "sweep_k.csv") in capsys.readouterr().out
+
+
+def test_language_model_example(tmp_path):
+    command = [sys.executable, ROOT / "examples" / "lm.py", "--device", "cpu", "--bf16", "--steps", "40"]
+    size = ["--layers", "1", "--features", "16", "--heads", "2", "--context", "16", "--batch", "4"]
+    out = subprocess.check_output([*command, *size], text=True, cwd=tmp_path)
+    rows = {line[:26].strip(): line[26:].split() for line in out.splitlines()}
+    for name in ("cross entropy", "self-regularized entropy"):
+        cross_entropy, perplexity, regularizer, _, peak, unit = rows[name]
+        # Forty steps teach it little more than which tokens are frequent: ln 50257 is 10.8, and S / (K - 1) < ln 2.
+        assert 5 < float(cross_entropy) < 10.5
+        assert float(perplexity) == pytest.approx(math.exp(float(cross_entropy)), rel=0.01)
+        assert 0 < float(regularizer) < math.log(2)
+        assert float(peak) > 100
+        assert unit == "MB"
+
+
+def test_linear_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, uncompiled):
+    sys.path.insert(0, str(ROOT / "perf"))
+    try:
+        import peers
+        import sweep_linear
+    finally:
+        sys.path.pop(0)
+    reference = sweep_linear.REFERENCE
+    monkeypatch.setattr(peers, "LINEAR_PEERS", {reference: peers.LINEAR_PEERS[reference]})
+    K, N, D = 5000, 2048, 8
+    monkeypatch.setattr(sweep_linear, "QUICK", (D, [(K, N)]))
+    arguments = ["sweep_linear.py", "--quick", "--device", "cpu", "--chunk-rows", "64", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    sweep_linear.main()
+    with (tmp_path / "sweep_linear.csv").open(newline="") as file:
+        table = {row["contender"]: row for row in csv.DictReader(file)}
+    fused, plain = sweep_linear.FUSED, sweep_linear.PLAIN
+    assert set(table) == {fused, f"{fused}, 64 rows", plain, f"{plain} in place", reference}
+    for row in table.values():
+        assert float(row["quartile1_ms"]) <= float(row["median_ms"]) <= float(row["quartile3_ms"])
+    logits = N * K * 4 / 1e6
+    assert 1.5 * logits < float(table[plain]["peak_MB"]) < 3 * logits  # and their gradient
+    assert float(table[f"{fused}, 64 rows"]["peak_MB"]) < logits / 3
+    assert float(table[plain]["times_plain_peak"]) == 1
+    assert (tmp_path / "linear.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_profile_shows_the_loop_and_the_faults(monkeypatch, capsys):
