@@ -56,7 +56,7 @@ class Size(NamedTuple):
     learning_rate: float
 
 
-SIZES = {"cpu": Size(2, 128, 4, 128, 12, 280, 2e-3), "cuda": Size(12, 768, 12, 1024, 16, 600, 6e-4)}
+SIZES = {"cpu": Size(2, 128, 4, 128, 12, 250, 2e-3), "cuda": Size(12, 768, 12, 1024, 16, 600, 6e-4)}
 
 
 class Measures(NamedTuple):
