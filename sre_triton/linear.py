@@ -42,7 +42,6 @@ class LinearSinglePass(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _, losses, *gradients = output
         ctx.how = inputs[-1]
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
         ctx.handed_over = False
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses, *(gradients if torch.compiler.is_compiling() else ()))
@@ -63,15 +62,14 @@ class LinearSinglePass(torch.autograd.Function):
             grad_loss = grad_loss * torch.where(factor.isinf(), 0, factor)
         functional = compiling or is_functional(grad_loss)
         scaled = []
-        for gradient, wanted, dtype in zip(gradients, ctx.how.wanted, ctx.dtypes, strict=True):
+        for gradient, wanted in zip(gradients, ctx.how.wanted, strict=True):
             if not wanted:
                 scaled.append(None)
             elif functional:
-                scaled.append((gradient * grad_loss).to(dtype))
+                scaled.append(gradient * grad_loss)
             else:
                 rows = gradient.detach() if gradient.dim() == 2 else gradient.detach().unsqueeze(0)
-                primitives(ctx.how.backend).scale_gradient_(rows, grad_loss)
-                scaled.append(rows.view_as(gradient).to(dtype))
+                scaled.append(primitives(ctx.how.backend).scale_gradient_(rows, grad_loss).view_as(gradient))
         if not functional:
             ctx.handed_over = True
         return *scaled, *(None,) * 7
@@ -114,8 +112,7 @@ class LinearRecompute(torch.autograd.Function):
             _, *gradients = linear_losses_and_gradients(*arguments)
         else:
             _, *gradients = apply(_LinearGradients, *arguments, count=3)
-        of_tensors = zip(gradients, tensors, ctx.how.wanted, strict=False)
-        return *(g.to(tensor.dtype) if wanted else None for g, tensor, wanted in of_tensors), *(None,) * 7
+        return *(g if wanted else None for g, wanted in zip(gradients, ctx.how.wanted, strict=True)), *(None,) * 7
 
 
 class _LinearGradients(torch.autograd.Function):

@@ -63,6 +63,7 @@ def kibibytes(name):
     return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
 torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)  # what is allocated is filled, and so counts
 x, W, t = torch.randn(2048, 16, requires_grad=True), torch.randn(16384, 16, requires_grad=True), torch.arange(2048)
 for rows in (64, 2048):  # the first time, memory of all kinds is taken for good
     linear_self_regularized_entropy(x[:rows], W, t[:rows], chunk_rows=64, class_mean=True).backward()

@@ -126,6 +126,13 @@ def test_one_target_for_one_row_of_features(quick_backend):
     assert torch.equal(once[0], again[0])
 
 
+def test_bytes_as_class_indices(quick_backend):
+    *tensors, target, _ = linear_problem((N,), D, K, {})
+    keywords = {"ignore_index": 256 + target[0].item(), "backend": quick_backend}
+    ours = loss_and_gradients(*tensors, target.to(torch.uint8), **keywords)
+    torch.testing.assert_close(ours, loss_and_gradients(*tensors, target, **keywords))
+
+
 def test_strided_tensors(quick_backend):
     *tensors, target, _ = linear_problem((3, 4), D, K, {})
     strided = [tensor.detach().clone().t().contiguous().t() if tensor.dim() == 2 else tensor for tensor in tensors]
@@ -345,7 +352,9 @@ def test_backward_does_nothing_where_the_upstream_gradient_is_1(monkeypatch, unc
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @reductions
-def test_autocast(reduction, dtype, quick_backend):
+def test_autocast(reduction, dtype, monkeypatch, quick_backend):
+    dtypes, compute = [], chunks._compute
+    monkeypatch.setattr(chunks, "_compute", lambda *args: dtypes.append(args[8]) or compute(*args))
     tensors = [tensor.detach().requires_grad_() for tensor in linear_problem((N,), D, K, {})[:3]]
     target = linear_problem((N,), D, K, {})[3]
     device = target.device.type
@@ -353,6 +362,7 @@ def test_autocast(reduction, dtype, quick_backend):
     keywords = {"reduction": reduction, "chunk_rows": 4, "backend": quick_backend, "upstream": upstream}
     with torch.autocast(device, dtype=dtype):
         loss, _, gradients = loss_and_gradients(*tensors, target, **keywords)
+    assert set(dtypes) == (set() if quick_backend == "eager" else {dtype})
     assert loss.dtype == torch.float32
     true_loss, _, true_gradients, _ = linear_truth(*tensors, target, reduction=reduction, upstream=upstream)
     torch.testing.assert_close(loss.double(), true_loss, rtol=1e-5, atol=1e-5)
@@ -371,6 +381,27 @@ def test_small_gradients_survive_float16(row_backend):
     true = linear_truth(input, W, b, target, upstream=torch.tensor(2.0**16))[2]
     for ours, expected in zip(scaled, true, strict=True):
         assert (ours.double() - expected).norm() <= 4 * ROUNDING[torch.float16] * expected.norm()
+
+
+def test_sums_over_rows_may_be_too_large_for_float16(uncompiled):
+    tensors = torch.full((2048, 8), 64.0).half(), torch.zeros(16, 8).half(), torch.zeros(16).half()
+    _, _, (_, of_weight, _) = loss_and_gradients(*tensors, torch.zeros(2048, dtype=torch.long), reg_weight=0)
+    expected = torch.full((16, 1), 1 / 16)
+    expected[0] -= 1
+    torch.testing.assert_close(of_weight.float(), 64 * expected.expand(16, 8), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_in_float16(reduction, uncompiled):
+    torch.compiler.reset()
+    *tensors, target, _ = linear_problem((N,), D, K, {}, dtype=torch.float16)
+    compiled = torch.compile(linear_self_regularized_entropy, fullgraph=True, backend="aot_eager")
+    input, W = (tensor.detach().clone().requires_grad_() for tensor in tensors[:2])
+    loss = compiled(input, W, target, reduction=reduction)
+    upstream = torch.full_like(loss, 1024.0)
+    loss.backward(upstream)
+    expected = loss_and_gradients(*tensors[:2], None, target, reduction=reduction, upstream=upstream)[2]
+    torch.testing.assert_close([input.grad, W.grad], expected[:2])
 
 
 @reductions
