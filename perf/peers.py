@@ -80,7 +80,7 @@ PEERS = {
 # How to make each: a function of features (N, D), weight (K, D) and target (N,).
 LINEAR_PEERS = {
     "F.linear, F.cross_entropy": lambda: _plain_linear,
-    "the same, compiled": lambda: torch.compile(_plain_linear, dynamic=True),
+    "F.linear, F.cross_entropy, compiled": lambda: torch.compile(_plain_linear, dynamic=True),
     "F.linear_cross_entropy": _chunked,
     "F.linear_cross_entropy, our chunks": _our_chunks,
     "Liger": _liger_linear,

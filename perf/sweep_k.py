@@ -370,10 +370,10 @@ def main() -> None:
     if not on_cpu:
         for name, reason in peers.available()[1].items():
             print(f"without {name}: {reason}")
-    table = []
+    table, versions = [], versions_of(args.device)
     for rows in measure(args):  # an interrupted run leaves the K it has done
         table += rows
-        write_csv(table, versions_of(args.device), folder / "sweep_k.csv")
+        write_csv(table, versions, folder / "sweep_k.csv")
     show(table)
     plot(folder / "sweep_k.csv", folder / "roofline.png")
     print(folder / "sweep_k.csv", folder / "roofline.png", sep="\n")

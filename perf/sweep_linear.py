@@ -58,7 +58,7 @@ STYLES = {
     PLAIN: ("#56B4E9", "s"),
     f"{PLAIN} in place": ("#56B4E9", "d"),
     REFERENCE: ("#D55E00", "v"),
-    "the same, compiled": ("#E69F00", "^"),
+    f"{REFERENCE}, compiled": ("#E69F00", "^"),
     "F.linear_cross_entropy": ("0.3", "D"),
     "F.linear_cross_entropy, our chunks": ("0.6", "D"),
     "Liger": ("#CC79A7", "P"),
@@ -248,10 +248,11 @@ def plot(csv_path: Path, path: Path) -> None:
 
 def show(table: list[dict[str, object]]) -> None:
     """A line for each case and contender."""
-    print(f"{'K':>7}{'N':>7}  {'':34}{'ms':>8}{'x F.':>7}{'MB':>8}{'x plain':>9}")
+    width = max(len(row["contender"]) for row in table)
+    print(f"{'K':>7}{'N':>7}  {'':{width}}{'ms':>10}{'x F.':>8}{'MB':>8}{'x plain':>10}")
     for row in table:
         cells = (row["median_ms"], row["times_plain"], row["peak_MB"], row["times_plain_peak"])
-        print(f"{row['K']:>7}{row['N']:>7}  {row['contender']:34}{cells[0]:>8}{cells[1]:>7}{cells[2]:>8}{cells[3]:>9}")
+        print(f"{row['K']:>7}{row['N']:>7}  {row['contender']:{width}}" + "{:>10}{:>8}{:>8}{:>10}".format(*cells))
 
 
 def main() -> None:
@@ -279,10 +280,10 @@ def main() -> None:
     folder = args.out or Path(__file__).parent.joinpath("results", name, *own)
     folder.mkdir(parents=True, exist_ok=True)
 
-    table = []
+    table, versions = [], sweep_k.versions_of(args.device)
     for rows in measure(args):  # an interrupted run leaves the cases it has done
         table += rows
-        sweep_k.write_csv(table, sweep_k.versions_of(args.device), folder / "sweep_linear.csv")
+        sweep_k.write_csv(table, versions, folder / "sweep_linear.csv")
     show(table)
     plot(folder / "sweep_linear.csv", folder / "linear.png")
     print(folder / "sweep_linear.csv", folder / "linear.png", sep="\n")
