@@ -112,7 +112,7 @@ def _compute(
     exact = compute_dtype(dtype)
     losses = input.new_zeros(NUM_LOSSES, num_rows, dtype=exact)
     grad_input = input.new_zeros(input.shape if of_input else 0)
-    sums_dtype = exact if len(chunks) > 1 else gradient_dtype(linear_weight, dtype)
+    sums_dtype = dtype if len(chunks) == 1 and gradient_dtype(linear_weight, dtype) == dtype else exact
     grad_weight = W.new_empty(W.shape if of_weight else 0, dtype=sums_dtype)
     grad_bias = W.new_zeros(num_classes if of_bias else 0, dtype=exact)
     if not chunks:

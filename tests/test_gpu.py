@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import OPTIONS, assert_within_bounds, loss_and_gradient, problem, truth
+from helpers import OPTIONS, assert_within_bounds, linear_problem, loss_and_gradient, problem, truth
 
-from sre_triton import SelfRegularizedEntropyLoss, backend, self_regularized_entropy
+from sre_triton import SelfRegularizedEntropyLoss, backend, linear_self_regularized_entropy, self_regularized_entropy
 
 pytestmark = pytest.mark.gpu
 
@@ -197,3 +197,71 @@ def test_compiled_model(mode):
         layer.weight.grad = None
         compiled(features).backward()
         torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-3, atol=1e-6)
+
+
+# -- linear layer and loss --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["default", "all"])
+def test_linear_loss_does_not_wait_for_the_gpu(name, reduction):
+    input, W, b, target, options = linear_problem((64,), 32, 1000, OPTIONS[name])
+    options |= {"class_mean": True, "reg_weight": torch.tensor(0.5), "reduction": reduction, "chunk_rows": 24}
+
+    def step():
+        return torch.autograd.grad(
+            linear_self_regularized_entropy(input, W, target, linear_bias=b, **options).sum(), (input, W, b)
+        )
+
+    expected = step()  # compiles
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        gradients = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_linear_loss_in_the_memory_of_a_chunk(dtype):
+    N, D, K = 4096, 256, 50257
+    input, W, _, target, _ = linear_problem((N,), D, K, {}, dtype=dtype)
+    options = {"class_mean": True, "reduction": "sum"}  # whose gradients float16 can hold
+    exact = [tensor.detach().double().requires_grad_() for tensor in (input, W)]
+    self_regularized_entropy(torch.nn.functional.linear(*exact), target, backend="compile", **options).backward()
+    expected = [tensor.grad for tensor in exact]
+    del exact
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = linear_self_regularized_entropy(input, W, target, chunk_rows=256, **options)
+    gradients = torch.autograd.grad(loss, (input, W))
+    peak = torch.cuda.max_memory_allocated() - before
+    rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}[dtype]
+    for ours, true in zip(gradients, expected, strict=True):
+        assert (ours.double() - true).norm() <= rounding * true.norm()
+    assert peak < N * K * dtype.itemsize / 2
+
+
+def test_linear_loss_in_a_cuda_graph():
+    input, W, _, target, _ = linear_problem((64,), 32, 1000, {})
+    input, W = (tensor.detach().requires_grad_() for tensor in (input, W))
+
+    def step():
+        return torch.autograd.grad(
+            linear_self_regularized_entropy(input, W, target, class_mean=True, chunk_rows=24), (input, W)
+        )
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        input.neg_()
+    graph.replay()
+    torch.testing.assert_close(captured, step())
