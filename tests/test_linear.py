@@ -374,6 +374,16 @@ def test_autocast(reduction, dtype, monkeypatch, quick_backend):
         assert not torch.equal(ours, ours.to(dtype).float())
 
 
+@pytest.mark.parametrize("chunk_rows", [4, 64])
+def test_autocast_to_another_half_precision(chunk_rows, row_backend):
+    *tensors, target, _ = linear_problem((N,), D, K, {}, dtype=torch.float16)
+    with torch.autocast(target.device.type, dtype=torch.bfloat16):
+        _, _, gradients = loss_and_gradients(*tensors, target, chunk_rows=chunk_rows, backend=row_backend)
+    for ours, true in zip(gradients, linear_truth(*tensors, target)[2], strict=True):
+        assert ours.dtype == torch.float16
+        assert (ours.double() - true).norm() <= 4 * ROUNDING[torch.bfloat16] * true.norm()
+
+
 def test_small_gradients_survive_float16(row_backend):
     # The mean over so many rows takes a gradient below what float16 holds, before the loss scaler multiplies it.
     input, W, b, target, _ = linear_problem((128,), D, 1000, {}, dtype=torch.float16)
