@@ -24,6 +24,9 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
     compiled.py    torch.compile: asked once for every set of options
     fallback.py    torch.compile: the primitives
     backend.py     chooses between them
+    shard.py       which classes a rank has
+    collectives.py what the ranks tell each other
+    dtensor.py     DTensors: what of them is here
     checks.py      user input -> errors that say what was expected and what came
     autograd.py    the two ways to the gradient
     loss.py        the public function
@@ -36,6 +39,7 @@ from .linear import linear_self_regularized_entropy
 from .loss import self_regularized_entropy
 from .modules import LinearSelfRegularizedEntropyLoss, SelfRegularizedEntropyLoss
 from .reference import Parts
+from .shard import VocabShard
 
 __version__ = "0.1.0"
 
@@ -43,6 +47,7 @@ __all__ = [
     "LinearSelfRegularizedEntropyLoss",
     "Parts",
     "SelfRegularizedEntropyLoss",
+    "VocabShard",
     "linear_self_regularized_entropy",
     "self_regularized_entropy",
 ]

@@ -2,7 +2,8 @@
 
 In a *single pass* it is computed together with the loss, already divided by the mean's denominator, and the backward
 hands it over, multiplied by the upstream gradient where that is not 1. With *recompute* the forward keeps seven numbers
-a row and the backward reads the logits again.
+a row and the backward reads the logits again. Where classes are sharded, losses and numbers of the rows are known before
+(shard.py), and the two ways differ in when they compute the gradient.
 """
 
 import functools
@@ -54,19 +55,26 @@ class SinglePass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        rows, target, weight, factor, backend, reduction, inplace, c, reg_weight, ignore, smoothing, z_loss, cap
-    ):
-        options = (c, reg_weight, ignore, smoothing, z_loss, cap)
+        rows, target, weight, factor, losses, stats, backend, reduction, inplace,
+        c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes,
+    ):  # fmt: skip
+        options = (c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes)
         row_primitives = primitives(backend)
-        compute = row_primitives.row_loss_and_gradient_ if inplace else row_primitives.row_loss_and_gradient
-        losses, gradient = compute(rows, target, weight, factor.expand(rows.shape[0]), *options)
+        scale = factor.expand(rows.shape[0])
+        if stats is None:
+            compute = row_primitives.row_loss_and_gradient_ if inplace else row_primitives.row_loss_and_gradient
+            losses, gradient = compute(rows, target, weight, scale, *options)
+        else:
+            compute = row_primitives.row_gradient_ if inplace else row_primitives.row_gradient
+            gradient = compute(rows, target, weight, stats, scale, *options)
+            losses = losses.clone()  # not what came in
         return reduced(losses, factor, reduction, backend), losses, gradient
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, losses, gradient = output
         ctx.num_inputs = len(inputs)
-        ctx.backend = inputs[4]
+        ctx.backend = inputs[6]
         ctx.handed_over = False
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*((losses, gradient) if torch.compiler.is_compiling() else (losses,)))
@@ -98,15 +106,19 @@ class Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        rows, target, weight, factor, backend, reduction, inplace, c, reg_weight, ignore, smoothing, z_loss, cap
-    ):
-        options = (c, reg_weight, ignore, smoothing, z_loss, cap)
-        losses, stats = primitives(backend).row_loss(rows, target, weight, *options)
+        rows, target, weight, factor, losses, stats, backend, reduction, inplace,
+        c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes,
+    ):  # fmt: skip
+        if stats is None:
+            options = (c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes)
+            losses, stats = primitives(backend).row_loss(rows, target, weight, *options)
+        else:
+            losses, stats = losses.clone(), stats.clone()  # not what came in
         return reduced(losses, factor, reduction, backend), losses, stats
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        rows, target, weight, factor, ctx.backend, _, ctx.inplace, *options = inputs
+        rows, target, weight, factor, _, _, ctx.backend, _, ctx.inplace, *options = inputs
         _, losses, stats = output
         ctx.num_inputs = len(inputs)
         ctx.set_materialize_grads(False)
@@ -138,8 +150,11 @@ class _RowGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows, backend, target, weight, stats, scale, c, reg_weight, ignore, smoothing, z_loss, cap):
-        options = (c, reg_weight, ignore, smoothing, z_loss, cap)
+    def forward(
+        rows, backend, target, weight, stats, scale,
+        c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes,
+    ):  # fmt: skip
+        options = (c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes)
         return primitives(backend).row_gradient(rows, target, weight, stats, scale, *options)
 
     @staticmethod

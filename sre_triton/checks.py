@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .ops import is_watched
+from .shard import VocabShard
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("none", "mean", "sum")
@@ -104,17 +105,22 @@ def check_options(
             raise _wrong(TypeError, argument, "True or False", value)
     if backend not in BACKENDS:
         raise _wrong(ValueError, "backend", "None, 'triton', 'compile' or 'eager'", backend)
-    if shard is not None:
-        raise NotImplementedError("shard: classes sharded over devices are not part of this version; pass None")
+    if shard is not None and not isinstance(shard, VocabShard):
+        raise _wrong(TypeError, "shard", "a VocabShard or None", shard)
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether it is a DTensor, which it can be only where somebody has imported them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def _check_are_tensors(needed: dict[str, object], optional: dict[str, object]) -> None:
-    distributed = sys.modules.get("torch.distributed.tensor")
     for argument, value in (needed | optional).items():
         if not isinstance(value, Tensor) and not (value is None and argument in optional):
             raise _wrong(TypeError, argument, "a tensor" if argument in needed else "a tensor or None", value)
-        if distributed is not None and isinstance(value, distributed.DTensor):
-            raise NotImplementedError(f"{argument}: DTensor is not part of this version yet; pass full_tensor()")
+        if is_dtensor(value):
+            raise TypeError(f"{argument}: expected a plain tensor, as input is one, got a DTensor")
 
 
 def _check_device(argument: str, value: Tensor, input: Tensor) -> None:
@@ -164,7 +170,40 @@ def _check_target(
             raise ValueError("weight: expected one that requires no gradient with class indices; detach it")
 
 
-def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
+def of_shard(
+    shard: VocabShard | None, target: Tensor, weight: Tensor | None, dim: int
+) -> tuple[Tensor, Tensor | None]:
+    """Target probabilities and class weights of the shard alone, where they are of all classes."""
+    if shard is None:
+        return target, weight
+    num_here = shard.stop - shard.start
+    if isinstance(target, Tensor) and target.is_floating_point() and target.dim() > dim:
+        if target.shape[dim] not in (num_here, shard.num_classes):
+            expected = f"probabilities of {num_here} or {shard.num_classes} classes in dimension {dim}"
+            raise _wrong(ValueError, "target", expected, target)
+        if target.shape[dim] != num_here:
+            target = target.narrow(dim, shard.start, num_here)
+    if isinstance(weight, Tensor):
+        if weight.shape not in ((num_here,), (shard.num_classes,)):
+            expected = f"a tensor of shape ({num_here},) or ({shard.num_classes},)"
+            raise _wrong(ValueError, "weight", expected, weight)
+        if weight.shape[0] != num_here:
+            weight = weight[shard.start : shard.stop]
+    return target, weight
+
+
+def check_backend_of_shard(backend: str) -> None:
+    """Plain autograd knows nothing of other ranks."""
+    if backend == "eager":
+        raise ValueError(
+            "backend: expected 'triton' or 'compile' for classes that are sharded, without torch.func transforms "
+            "inside torch.compile, and a target and weight that require no gradient, got 'eager'"
+        )
+
+
+def check_tensors(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, shard: VocabShard | None
+) -> None:
     """Shapes, dtypes and devices: what ``F.cross_entropy`` takes."""
     _check_are_tensors({"input": input, "target": target}, {"weight": weight})
     if input.dtype not in FLOATS:
@@ -172,7 +211,10 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_i
     if input.dim() == 0:
         raise _wrong(ValueError, "input", "logits of shape (K,), (N, K) or (N, K, d1, ...)", input)
     dim = min(1, input.dim() - 1)
-    if input.shape[dim] == 0:
+    if shard is not None and input.shape[dim] != shard.stop - shard.start:
+        expected = f"logits of the shard's {shard.stop - shard.start} classes in dimension {dim}"
+        raise _wrong(ValueError, "input", expected, input)
+    if shard is None and input.shape[dim] == 0:
         raise _wrong(ValueError, "input", "at least one class", input)
     _check_target(target, weight, ignore_index, input=input, logits_shape=input.shape, dim=dim)
 
@@ -185,6 +227,7 @@ def check_linear(
     weight: Tensor | None,
     ignore_index: int,
     chunk_rows: int | None,
+    shard: VocabShard | None,
 ) -> None:
     """The same for a linear layer and its loss."""
     needed = {"input": input, "linear_weight": linear_weight, "target": target}
@@ -193,8 +236,14 @@ def check_linear(
         raise _wrong(TypeError, "input", "float16, bfloat16, float32 or float64 features", input)
     if input.dim() == 0:
         raise _wrong(ValueError, "input", "features of shape (..., D)", input)
-    if linear_weight.dim() != 2 or linear_weight.shape[0] == 0 or linear_weight.shape[1] != input.shape[-1]:
-        expected = f"a tensor of shape (K, {input.shape[-1]}), K at least 1, for input of shape {tuple(input.shape)}"
+    if (
+        linear_weight.dim() != 2
+        or linear_weight.shape[1] != input.shape[-1]
+        or (linear_weight.shape[0] == 0 if shard is None else linear_weight.shape[0] != shard.stop - shard.start)
+    ):
+        classes = "(K, {}), K at least 1," if shard is None else f"({shard.stop - shard.start}, {{}}), of this shard,"
+        shape = classes.format(input.shape[-1])
+        expected = f"a tensor of shape {shape} for input of shape {tuple(input.shape)}"
         raise _wrong(ValueError, "linear_weight", expected, linear_weight)
     num_classes = linear_weight.shape[0]
     if linear_bias is not None and linear_bias.shape != (num_classes,):

@@ -8,14 +8,19 @@ For each chunk of rows x, and the classifier's W and b:
 
 The products are PyTorch's. Each reads W once a chunk, and dW is read and written, which costs little beside a product
 of many rows and much beside one of few: that decides how many rows make a chunk.
+
+Where the classes are sharded, W and b are those of this rank's classes, row_lse, row_sums and row_gradient_ take the
+place of the one pass (collectives.py), and dx is a sum over the ranks, on its way while the next chunk is computed.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .backend import primitives
+from .collectives import group_of, row_stats, sum_of_weights
 from .ops import NUM_LOSSES, OPTIONS, needs_dispatch, scalar_of
 from .reference import compute_dtype
 
@@ -37,7 +42,10 @@ class How(NamedTuple):
     chunk_rows: int  # 0: rows_of_chunk
     dtype: torch.dtype  # of the logits
     wanted: tuple[bool, bool, bool]  # which gradients: of input, linear_weight, linear_bias
-    options: tuple[int, float, float, float]  # ignore_index, label_smoothing, z_loss, softcap
+    early: bool  # the gradients have the losses' factor in them
+    group: str  # the name of the process group that shards the classes; "" where none does
+    divide: bool  # the factor, by the sum of the targets' class weights, which are on all its ranks
+    options: tuple[int, float, float, float, int, int | None]  # the primitives' after c and λ'
 
 
 def rows_of_chunk(num_rows: int, num_classes: int, device: torch.device) -> int:
@@ -78,25 +86,36 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.addmm(total, a, b, **how)
 
 
+def _store(grad_input: Tensor, rows: slice | Tensor, total: Tensor, work: dist.Work) -> None:
+    """The input's gradient of a chunk, when its sum over the ranks is there."""
+    work.wait()
+    grad_input[rows] = total.to(grad_input.dtype)
+
+
 def _compute(
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
-    scale: Tensor,
+    factor: Tensor,
+    upstream: Tensor | None,
     backend: str,
     chunk_rows: int,
     dtype: torch.dtype,
     wanted: list[bool],
+    early: bool,
+    group_name: str,
+    divide: bool,
     *options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     row_primitives = primitives(backend)
     input = input.detach()
     W = linear_weight.detach().to(dtype)
     b = None if linear_bias is None else linear_bias.detach().to(dtype)
     num_rows, num_classes = input.shape[0], W.shape[0]
     of_input, of_weight, of_bias = wanted
+    group = group_of(group_name) if group_name else None
 
     # Nothing of an ignored row is to reach a gradient, not even a NaN among its features. On a CPU such rows are left
     # out; on a GPU, where to count them would be to wait for them, their features are set to 0.
@@ -106,7 +125,9 @@ def _compute(
         kept = (~ignored).nonzero().squeeze(1) if ignored.any() else None
         ignored = None
     num_kept = num_rows if kept is None else kept.shape[0]
-    size = min(chunk_rows or rows_of_chunk(num_kept, num_classes, input.device), num_kept)
+    # The same on all ranks.
+    classes_of_rank = num_classes if group is None else -(-options[-1] // group.size())
+    size = min(chunk_rows or rows_of_chunk(num_kept, classes_of_rank, input.device), num_kept)
     chunks = _chunks(num_rows, size, kept)
 
     exact = compute_dtype(dtype)
@@ -122,7 +143,12 @@ def _compute(
     if backend == "triton":
         pitch = -(-num_classes * dtype.itemsize // LINE) * LINE // dtype.itemsize
     logits = W.new_empty(size, pitch)[:, :num_classes]
+    scale = factor if early else torch.ones_like(factor)
+    scale = (scale if upstream is None else scale * upstream).expand(num_rows)
+    divisor = sum_of_weights(target, weight, *options) if divide else factor.new_empty(0)
+    on_its_way = None
     for rows in chunks:
+        first = rows is chunks[0]
         x = input[rows].to(dtype)
         if ignored is not None:
             x = x.masked_fill(ignored[rows].unsqueeze(1), 0)
@@ -131,24 +157,44 @@ def _compute(
             torch.mm(x, W.t(), out=z)
         else:
             torch.addmm(b, x, W.t(), out=z)
-        if not any(wanted):
-            losses[:, rows] = row_primitives.row_loss(z, target[rows], weight, *options)[0]
+        of_rows = z, target[rows], weight
+        if group is None and not any(wanted):
+            losses[:, rows] = row_primitives.row_loss(*of_rows, *options)[0]
             continue
-        losses[:, rows], g = row_primitives.row_loss_and_gradient_(z, target[rows], weight, scale[rows], *options)
-        if of_input:
+        if group is None:
+            losses[:, rows], g = row_primitives.row_loss_and_gradient_(*of_rows, scale[rows], *options)
+        else:
+            call, rest = ("linear", of_input, size), divisor if first else divisor[:0]
+            losses[:, rows], stats, rest = row_stats(row_primitives, *of_rows, options, group, 1.0, call, rest)
+            if first and divide:
+                divisor = rest
+                scale = scale / divisor if early else scale
+            if not any(wanted):
+                continue
+            g = row_primitives.row_gradient_(*of_rows, stats, scale[rows], *options)
+        if of_input and group is None:
             grad_input[rows] = torch.mm(g, W).to(grad_input.dtype)
+        elif of_input:
+            total = W.new_empty(x.shape, dtype=exact)
+            _add_product(total, g, W, first=True)
+            if on_its_way is not None:
+                _store(grad_input, *on_its_way)
+            on_its_way = rows, total, dist.all_reduce(total, group=group, async_op=True)
         if of_weight:
-            _add_product(grad_weight, g.t(), x, first=rows is chunks[0])
+            _add_product(grad_weight, g.t(), x, first)
         if of_bias:
             grad_bias += g.sum(0, dtype=exact)
+    if on_its_way is not None:
+        _store(grad_input, *on_its_way)
     grad_weight = grad_weight.to(gradient_dtype(linear_weight, dtype))
     grad_bias = grad_bias.to(gradient_dtype(linear_weight if linear_bias is None else linear_bias, dtype))
-    return losses, grad_input, grad_weight, grad_bias
+    factor = factor / divisor.squeeze(0) if divide else factor.clone()  # not what came in
+    return losses, grad_input, grad_weight, grad_bias, factor
 
 
 def _fake(
-    input, linear_weight, linear_bias, target, weight, scale, backend, chunk_rows, dtype, wanted, *options
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    input, linear_weight, linear_bias, target, weight, factor, upstream, backend, chunk_rows, dtype, wanted, *_
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     of_input, of_weight, of_bias = wanted
     bias = linear_weight if linear_bias is None else linear_bias
     return (
@@ -156,6 +202,7 @@ def _fake(
         input.new_empty(input.shape if of_input else 0),
         linear_weight.new_empty(linear_weight.shape if of_weight else 0, dtype=gradient_dtype(linear_weight, dtype)),
         linear_weight.new_empty(linear_weight.shape[0] if of_bias else 0, dtype=gradient_dtype(bias, dtype)),
+        factor.new_empty(()),
     )
 
 
@@ -174,8 +221,9 @@ _op = torch.library.custom_op(
     "sre_triton::linear_losses_and_gradients",
     _compute,
     mutates_args=(),
-    schema="(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor scale, "
-    f"str backend, int chunk_rows, ScalarType dtype, bool[] wanted, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor factor, "
+    "Tensor? upstream, str backend, int chunk_rows, ScalarType dtype, bool[] wanted, bool early, str group, "
+    f"bool divide, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _op.register_fake(_fake)
 _op.register_vmap(_one_by_one)
@@ -187,17 +235,19 @@ def linear_losses_and_gradients(
     linear_bias: Tensor | None,  # (K,)
     target: Tensor,  # (N,) or (N, K)
     weight: Tensor | None,  # (K,)
-    scale: Tensor,  # (N,)
+    factor: Tensor,  # ()
+    upstream: Tensor | None,  # (), (N,)
     c: float | Tensor,
     reg_weight: float | Tensor,
     how: How,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The losses of each row, (4, N), and those gradients of Σ scale * loss that are wanted.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The losses of each row, (4, N), those gradients of Σ factor * upstream * loss that are wanted, and the factor.
 
     The gradients of parameters have their :func:`gradient_dtype`. One that is not wanted has no elements.
     """
-    tensors = input, linear_weight, linear_bias, target, weight, scale
-    arguments = *tensors, how.backend, how.chunk_rows, how.dtype, list(how.wanted)
+    tensors = input, linear_weight, linear_bias, target, weight, factor, upstream
+    others = how.backend, how.chunk_rows, how.dtype, list(how.wanted), how.early, how.group, how.divide
+    arguments = *tensors, *others
     if any(tensor is not None and needs_dispatch(tensor, (tensor,)) for tensor in tensors):
         return _op(*arguments, scalar_of(c), scalar_of(reg_weight), *how.options)
     return _compute(*arguments, c, reg_weight, *how.options)

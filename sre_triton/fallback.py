@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .compiled import call, compiles
 from .ops import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, primitive
-from .passes import Numbers, gradient_pass, loss_and_gradient_pass, loss_pass, lse_pass, sums_pass
+from .passes import Numbers, gradient_pass, local_class, loss_and_gradient_pass, loss_pass, lse_pass, sums_pass
 from .reference import compute_dtype
 
 # Bytes in one block of rows, in the dtype of the arithmetic, where there are blocks.
@@ -30,14 +30,17 @@ def _number(value: float, dtype: torch.dtype) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _numbers(dtype, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap) -> Numbers:
+def _numbers(
+    dtype, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap, first_class=0, all_classes=None
+) -> Numbers:
     """The options as the passes take them."""
     others = (_number(value, dtype) if value > 0 else None for value in (label_smoothing, z_loss, softcap))
     first = _number(c, torch.float64), _number(reg_weight, torch.float64), _number(ignore_index, torch.int64)
-    return Numbers(*first, *others)
+    shard = () if all_classes is None else (_number(first_class, torch.int64), _number(all_classes, torch.int64))
+    return Numbers(*first, *others, *shard)
 
 
-def _numbers_and_tensors(dtype, c: float | Tensor, reg_weight: float | Tensor, *others) -> Numbers:
+def numbers_of(dtype, c: float | Tensor, reg_weight: float | Tensor, *others) -> Numbers:
     """The same where c and λ' may be tensors."""
     if not isinstance(c, Tensor) and not isinstance(reg_weight, Tensor):
         return _numbers(dtype, c, reg_weight, *others)
@@ -53,13 +56,15 @@ def _run(
     """A pass over all rows: the first ``count`` numbers of each, (count, N), and the gradient, in ``out`` if given."""
     logits = logits.detach()
     dtype = compute_dtype(logits.dtype)
+    if logits.shape[1] == 0:  # a shard without classes
+        return logits.new_zeros(count, logits.shape[0], dtype=dtype), new_gradient(logits)
     if target.dim() == 2:
         target = target.to(dtype)
     target = target.contiguous()
     weight = None if weight is None else weight.to(dtype).contiguous()
     stats = None if stats is None else stats.contiguous()
     scale = None if scale is None else scale.contiguous()
-    numbers = _numbers_and_tensors(dtype, *options)
+    numbers = numbers_of(dtype, *options)
     if logits.is_contiguous() and compiles(logits) and numbers.softcap is None:
         stats = None if stats is None else stats.unbind()
         packed, *others = call(function, logits, target, weight, stats, scale, out, numbers)
@@ -69,9 +74,12 @@ def _run(
             out = new_gradient(logits)
         packed, gradient = _blocks(function, logits, target, weight, stats, scale, out, numbers), out
     if out is not None and target.dim() == 1 and out.numel() > 0:
-        # Where the target is none of the classes, the row is NaN or 0 anyway.
-        index = torch.arange(out.shape[0], device=out.device), target.clamp(0, out.shape[1] - 1)
-        out.index_put_(index, packed[:, count].to(out.dtype))
+        # Where the target is none of the classes, the row is NaN or 0 anyway; where it is another shard's, what is
+        # written is the gradient of class 0.
+        index = target.clamp(0, out.shape[1] - 1)
+        if numbers.all_classes is not None:
+            index, _ = local_class(target, out.shape[1], numbers.first_class)
+        out.index_put_((torch.arange(out.shape[0], device=out.device), index), packed[:, count].to(out.dtype))
     if out is not None:  # compiled code writes behind autograd's back
         torch.autograd.graph.increment_version(out)
     return packed.t()[:count], gradient

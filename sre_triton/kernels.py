@@ -188,7 +188,10 @@ def _smoothed(lse, inputs, opts, V: tl.constexpr):
     m, exp_sum, _, z_sum, _ = lse
     zero = zeros(V)
     share, _ = shares(inputs, opts, V)
-    return m, exp_sum, zero + opts.label_smoothing, share * z_sum, zero
+    if inputs.all_classes is None:
+        return m, exp_sum, zero + opts.label_smoothing, share * z_sum, zero
+    else:
+        return m, exp_sum, zero + share * (inputs.num_classes * V.ALIGN), share * z_sum, zero
 
 
 @triton.jit

@@ -90,9 +90,9 @@ def _options(c, reg_weight, ignore_index, label_smoothing, z_loss, softcap) -> O
 def _launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, options: tuple, **arguments) -> None:
     """Launch a kernel over the rows of the logits, with the Inputs, Options and Variant for them."""
     num_rows, num_classes = logits.shape
-    if num_rows == 0:
+    if num_rows == 0 or num_classes == 0:
         return
-    opts = _options(*options)
+    opts, (first_class, all_classes) = _options(*options[:6]), options[6:] or (None, None)
     probabilities = target.dim() == 2
     logits, target = _in_rows(logits), _in_rows(target) if probabilities else target.contiguous()
     gradient = arguments.get("gradient_ptr")
@@ -133,6 +133,8 @@ def _launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, optio
                 weight_ptr=None if weight is None else weight.contiguous(),
                 num_rows=num_rows,
                 num_classes=num_classes // align,
+                first_class=None if all_classes is None else first_class,
+                all_classes=all_classes,
             ),
             opts=opts,
             V=Variant(

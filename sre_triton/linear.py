@@ -12,10 +12,20 @@ from torch import Tensor
 from . import reference
 from .autograd import DOUBLE_BACKWARD, apply, is_functional, reduced
 from .backend import choose, primitives
-from .checks import check_linear, check_many_classes, check_options, check_range, under_autocast
+from .checks import (
+    check_backend_of_shard,
+    check_linear,
+    check_many_classes,
+    check_options,
+    check_range,
+    is_dtensor,
+    of_shard,
+    under_autocast,
+)
 from .chunks import How, linear_losses_and_gradients
-from .loss import factor_of, is_transformed, per_class_of, result_of, scalars_of
+from .loss import factor_of, is_transformed, per_class_of, result_of, returned, scalars_of, share_of
 from .reference import Parts
+from .shard import VocabShard
 
 SECOND_BACKWARD = (
     "linear_self_regularized_entropy: the gradients were computed together with the loss and handed over by the first "
@@ -32,23 +42,22 @@ class LinearSinglePass(torch.autograd.Function):
     @staticmethod
     def forward(input, linear_weight, linear_bias, target, weight, factor, c, reg_weight, reduction, how):
         # With 1/N in them, gradients in float16 would vanish before the loss scaler reaches them.
-        early = torch.ones_like(factor) if how.dtype == torch.float16 else factor
-        scale = early.expand(input.shape[0])
-        tensors = input, linear_weight, linear_bias, target, weight, scale
-        losses, *gradients = linear_losses_and_gradients(*tensors, c, reg_weight, how)
-        return reduced(losses, factor, reduction, how.backend), losses, *gradients
+        how = how._replace(early=how.dtype != torch.float16)
+        tensors = input, linear_weight, linear_bias, target, weight, factor
+        losses, *gradients, factor = linear_losses_and_gradients(*tensors, None, c, reg_weight, how)
+        return reduced(losses, factor, reduction, how.backend), losses, factor, *gradients
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, losses, *gradients = output
+        _, losses, factor, *gradients = output
         ctx.how = inputs[-1]
         ctx.handed_over = False
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(losses, *(gradients if torch.compiler.is_compiling() else ()))
-        ctx.save_for_backward(inputs[5], *gradients)
+        ctx.mark_non_differentiable(losses, factor, *(gradients if torch.compiler.is_compiling() else ()))
+        ctx.save_for_backward(factor, *gradients)
 
     @staticmethod
-    def backward(ctx, grad_loss, _, *grad_gradients):
+    def backward(ctx, grad_loss, _, __, *grad_gradients):
         compiling = torch.compiler.is_compiling()
         if not compiling and any(gradient is not None for gradient in grad_gradients):
             raise RuntimeError(DOUBLE_BACKWARD)
@@ -82,36 +91,35 @@ class LinearRecompute(torch.autograd.Function):
 
     @staticmethod
     def forward(input, linear_weight, linear_bias, target, weight, factor, c, reg_weight, reduction, how):
-        scale = factor.expand(input.shape[0])
-        tensors = input, linear_weight, linear_bias, target, weight, scale
-        losses, *_ = linear_losses_and_gradients(*tensors, c, reg_weight, how._replace(wanted=NO_GRADIENTS))
-        return reduced(losses, factor, reduction, how.backend), losses
+        tensors = input, linear_weight, linear_bias, target, weight, factor
+        how = how._replace(wanted=NO_GRADIENTS)
+        losses, *_, factor = linear_losses_and_gradients(*tensors, None, c, reg_weight, how)
+        return reduced(losses, factor, reduction, how.backend), losses, factor
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, c, reg_weight, _, ctx.how = inputs
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[1])
+        ctx.mark_non_differentiable(*output[1:])
         # c and λ' are numbers or tensors.
         ctx.scalars = tuple(None if isinstance(scalar, Tensor) else scalar for scalar in (c, reg_weight))
         saved = (scalar if isinstance(scalar, Tensor) else None for scalar in (c, reg_weight))
         ctx.save_for_backward(*tensors, *saved)
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
+    def backward(ctx, grad_loss, *_):
         if grad_loss is None:
             return (None,) * 10
-        *tensors, factor, saved_c, saved_reg_weight = ctx.saved_tensors
-        scale = (factor * grad_loss).expand(tensors[0].shape[0])
+        *tensors, saved_c, saved_reg_weight = ctx.saved_tensors
         c, reg_weight = (
             number if saved is None else saved
             for saved, number in zip((saved_c, saved_reg_weight), ctx.scalars, strict=True)
         )
-        arguments = *tensors, scale, c, reg_weight, ctx.how
+        arguments = *tensors, grad_loss, c, reg_weight, ctx.how
         if torch.compiler.is_compiling():
-            _, *gradients = linear_losses_and_gradients(*arguments)
+            _, *gradients, _ = linear_losses_and_gradients(*arguments)
         else:
-            _, *gradients = apply(_LinearGradients, *arguments, count=3)
+            _, *gradients, _ = apply(_LinearGradients, *arguments, count=3)
         return *(g if wanted else None for g, wanted in zip(gradients, ctx.how.wanted, strict=True)), *(None,) * 7
 
 
@@ -121,8 +129,9 @@ class _LinearGradients(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, linear_weight, linear_bias, target, weight, scale, c, reg_weight, how):
-        return linear_losses_and_gradients(input, linear_weight, linear_bias, target, weight, scale, c, reg_weight, how)
+    def forward(input, linear_weight, linear_bias, target, weight, factor, upstream, c, reg_weight, how):
+        tensors = input, linear_weight, linear_bias, target, weight, factor, upstream
+        return linear_losses_and_gradients(*tensors, c, reg_weight, how)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -151,7 +160,7 @@ def linear_self_regularized_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     return_parts: bool = False,
-    shard: None = None,
+    shard: VocabShard | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Parts]:
     r"""A linear layer and the self-regularized entropy of its logits, which never exist all at a time.
@@ -229,10 +238,20 @@ def linear_self_regularized_entropy(
         shard=shard,
         backend=backend,
     )
-    check_linear(input, linear_weight, linear_bias, target, weight, ignore_index, chunk_rows)
-    num_classes, num_features = linear_weight.shape
+    layout = None
+    if is_dtensor(input) or is_dtensor(linear_weight):
+        from .dtensor import of_linear
+
+        input, linear_weight, linear_bias, target, weight, shard, layout = of_linear(
+            input, linear_weight, linear_bias, target, weight, shard
+        )
+    if shard is not None and isinstance(input, Tensor) and input.dim() > 0:
+        target, weight = of_shard(shard, target, weight, dim=input.dim() - 1)
+    check_linear(input, linear_weight, linear_bias, target, weight, ignore_index, chunk_rows, shard)
+    num_here, num_features = linear_weight.shape
+    num_classes = num_here if shard is None else shard.num_classes
     shape = input.shape[:-1]
-    indices = target.shape != (*shape, num_classes)
+    indices = target.shape != (*shape, num_here)
     if indices:
         target = target.long()  # before anything is compared with it: in uint8, 300 is 44
     none_ignored = indices and check_range(target, num_classes, ignore_index)
@@ -240,10 +259,13 @@ def linear_self_regularized_entropy(
         check_many_classes(num_classes, reg_weight)
 
     rows = input.reshape(-1, num_features)
-    target = target.reshape(-1) if indices else target.reshape(-1, num_classes)
+    target = target.reshape(-1) if indices else target.reshape(rows.shape[0], num_here)
     per_class = per_class_of(class_mean, num_classes)
     others = (tensor for tensor in (target, weight) if tensor is not None)
     name = choose(backend, input, torch.is_grad_enabled() and any(tensor.requires_grad for tensor in others))
+    reduction, share = share_of(layout, reduction, denominator)
+    if shard is not None:
+        check_backend_of_shard(name)
     if name == "eager":
         if indices:
             rows = torch.where((target == ignore_index).unsqueeze(1), 0, rows)
@@ -263,23 +285,40 @@ def linear_self_regularized_entropy(
         )
         if reduction == "none":
             loss, parts = loss.reshape(shape), Parts(*(part.reshape(shape) for part in parts))
-        return (loss, parts) if return_parts else loss
+        if share != 1:
+            loss, parts = share * loss, Parts(*(share * part for part in parts))
+        return returned(loss, parts, layout, reduction, return_parts)
 
-    factor = factor_of(reduction, denominator, rows, num_classes, target, weight, ignore_index, none_ignored, name)
+    # Where the weights of some targets are in other shards, the sum of all comes with the numbers of the rows.
+    divide = shard is not None and weight is not None and indices and reduction == "mean" and denominator is None
+    count = 1.0 if divide else denominator
+    factor = factor_of(reduction, count, rows, num_classes, target, weight, ignore_index, none_ignored, name)
+    if share != 1:
+        factor = factor * share
     dtype = input.dtype
     if dtype != torch.float64 and under_autocast(input.device):
         dtype = torch.get_autocast_dtype(input.device.type)
     tensors = rows, linear_weight, linear_bias
     wanted = tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors)
     options = int(ignore_index), float(label_smoothing), float(z_loss), float(softcap or 0.0)
-    how = How(name, int(chunk_rows or 0), dtype, wanted, options)
+    of_classes = (0, None) if shard is None else (shard.start, shard.num_classes)
+    how = How(
+        backend=name,
+        chunk_rows=int(chunk_rows or 0),
+        dtype=dtype,
+        wanted=wanted,
+        early=True,
+        group="" if shard is None else shard.name,
+        divide=divide,
+        options=(*options, *of_classes),
+    )
     scalars = scalars_of(c, reg_weight, per_class, name, rows)
 
     if any(wanted) or is_transformed():
         function = LinearSinglePass if any(wanted) and reduction != "none" else LinearRecompute
-        loss, losses, *_ = apply(function, *tensors, target, weight, factor, *scalars, reduction, how, count=3)
+        loss, losses, factor, *_ = apply(function, *tensors, target, weight, factor, *scalars, reduction, how, count=3)
     else:
-        scale = factor.expand(rows.shape[0])
-        losses, *_ = linear_losses_and_gradients(*tensors, target, weight, scale, *scalars, how)
+        losses, *_, factor = linear_losses_and_gradients(*tensors, target, weight, factor, None, *scalars, how)
         loss = reduced(losses, factor, reduction, name)
-    return result_of(loss, losses, factor, per_class, reduction=reduction, shape=shape, return_parts=return_parts)
+    loss, parts = result_of(loss, losses, factor, per_class, reduction=reduction, shape=shape, with_parts=return_parts)
+    return returned(loss, parts, layout, reduction, return_parts)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .rows import load_if_counted, shares
-from .tiles import column, load_logits
+from .tiles import INF, column, load_logits
 
 
 @triton.jit
@@ -46,16 +46,23 @@ def any_counted(counted, V: tl.constexpr):
 
 @triton.jit
 def at_targets(inputs, opts, rows, target, counted, V: tl.constexpr):
-    """Of class indices: the target, or 0 if it is out of range, and there z and w (NaN if out of range)."""
+    """Of class indices: the target, or 0 if it is out of range, and there z and w (NaN if out of range).
+
+    Of targets in another shard: -1, -inf and 0.
+    """
     if V.PROBABILITIES:
         return rows, 0.0, 1.0
     else:
-        in_range = target.to(tl.uint64) < inputs.num_classes * V.ALIGN
-        g = tl.where(in_range, target, 0)
+        g = target if inputs.first_class is None else target - inputs.first_class
+        here = g.to(tl.uint64) < inputs.num_classes * V.ALIGN
+        g = tl.where(here, g, 0)
         z_g = load_logits(inputs.logits_ptr + rows * inputs.logits_stride * V.ALIGN + g, counted, opts.softcap)
-        w_g = tl.where(in_range, 1.0, float("nan"))
+        w_g = tl.where(here, 1.0, float("nan"))
         if inputs.weight_ptr is not None:
             w_g *= load_if_counted(inputs.weight_ptr + g, counted).to(tl.float32)
+        if inputs.all_classes is not None:
+            elsewhere = (target.to(tl.uint64) < inputs.all_classes) & (here == 0)
+            g, z_g, w_g = tl.where(elsewhere, -1, g), tl.where(elsewhere, -INF, z_g), tl.where(elsewhere, 0.0, w_g)
         if V.STAGES == 0:
             # Where the gradient takes the place of the logits, other threads are about to write where z_g was read.
             tl.debug_barrier()

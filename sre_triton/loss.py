@@ -10,14 +10,19 @@ from . import reference
 from .autograd import Recompute, SinglePass, apply, few_launches, reduced
 from .backend import choose, primitives
 from .checks import (
+    check_backend_of_shard,
     check_inplace,
     check_many_classes,
     check_options,
     check_range,
     check_tensors,
+    is_dtensor,
+    of_shard,
 )
+from .collectives import row_loss
 from .ops import NUM_LOSSES, is_watched
 from .reference import Parts, compute_dtype, sample_weights
+from .shard import VocabShard
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -28,7 +33,7 @@ def _as_rows(tensor: Tensor) -> Tensor:
 
 
 def factor_of(reduction, denominator, rows, num_classes, target, weight, ignore_index, none_ignored, backend) -> Tensor:
-    """What the sum of the rows' losses is multiplied by, ()."""
+    """What the sum of the rows' losses is multiplied by, (), given the weights of all ``num_classes``."""
     dtype = compute_dtype(rows.dtype)
     if reduction != "mean":
         denominator = 1.0
@@ -84,16 +89,33 @@ def result_of(
     *,
     reduction: str,
     shape: torch.Size,
-    return_parts: bool,
-) -> Tensor | tuple[Tensor, Parts]:
-    """What the user gets: the loss, without reduction in ``shape``, and its parts."""
+    with_parts: bool,
+) -> tuple[Tensor, Parts | None]:
+    """The loss, without reduction in ``shape``, and its parts, if they are wanted."""
     if reduction == "none":
         loss, losses = loss.reshape(shape), losses.reshape(NUM_LOSSES, *shape)
-    if not return_parts:
-        return loss
+    if not with_parts:
+        return loss, None
     parts = losses[1:].contiguous() if reduction == "none" else losses[1:].sum(1) * factor
     cross_entropy, regularizer, z_penalty = parts.unbind()
     return loss, Parts(cross_entropy, regularizer * per_class, z_penalty)
+
+
+def share_of(layout, reduction: str, denominator) -> tuple[str, float]:
+    """How this rank reduces its rows, and which share the mean of them has in the mean of all (dtensor.py)."""
+    if layout is None or reduction != "mean" or denominator is not None:
+        return reduction, 1.0
+    return ("mean", layout.share) if layout.share else ("sum", 1.0)  # there is no mean of no rows
+
+
+def returned(
+    loss: Tensor, parts: Parts | None, layout, reduction: str, return_parts: bool
+) -> Tensor | tuple[Tensor, Parts]:
+    """What the user gets."""
+    if layout is not None:
+        loss = layout.result(loss, reduction)
+        parts = parts and Parts(*(layout.result(part, reduction) for part in parts))
+    return (loss, parts) if return_parts else loss
 
 
 def _own_rows(rows: Tensor) -> bool:
@@ -118,7 +140,7 @@ def self_regularized_entropy(
     inplace: bool = False,
     recompute: bool | None = None,
     return_parts: bool = False,
-    shard: None = None,
+    shard: VocabShard | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Parts]:
     r"""Cross entropy minus the entropy of a coin with odds p_j : c for every wrong class.
@@ -206,9 +228,16 @@ def self_regularized_entropy(
         shard=shard,
         backend=backend,
     )
-    check_tensors(input, target, weight, ignore_index)
+    layout = None
+    if is_dtensor(input):
+        from .dtensor import of_logits
+
+        input, target, weight, shard, layout = of_logits(input, target, weight, shard)
+    if shard is not None and isinstance(input, Tensor) and input.dim() > 0:
+        target, weight = of_shard(shard, target, weight, dim=min(1, input.dim() - 1))
+    check_tensors(input, target, weight, ignore_index, shard)
     dim = min(1, input.dim() - 1)
-    num_classes = input.shape[dim]
+    num_classes = input.shape[dim] if shard is None else shard.num_classes
     indices = target.shape != input.shape
     if indices:
         target = target.long()  # before anything is compared with it: in uint8, 300 is 44
@@ -221,6 +250,9 @@ def self_regularized_entropy(
 
     others = (tensor for tensor in (target, weight) if tensor is not None)
     name = choose(backend, input, torch.is_grad_enabled() and any(tensor.requires_grad for tensor in others))
+    reduction, share = share_of(layout, reduction, denominator)
+    if shard is not None:
+        check_backend_of_shard(name)
     if name == "eager":
         loss, parts = reference.self_regularized_entropy(
             input,
@@ -236,15 +268,31 @@ def self_regularized_entropy(
             z_loss=z_loss,
             softcap=softcap,
         )
-        return (loss, parts) if return_parts else loss
+        if share != 1:
+            loss, parts = share * loss, Parts(*(share * part for part in parts))
+        return returned(loss, parts, layout, reduction, return_parts)
 
     rows = _as_rows(input)
     target = target.flatten() if indices else _as_rows(target)
     # λ' and the mean over the classes are one number.
     per_class = per_class_of(class_mean, num_classes)
-    factor = factor_of(reduction, denominator, rows, num_classes, target, weight, ignore_index, none_ignored, name)
+    # Where the weights of some targets are in other shards, their sum comes with the numbers of the rows.
+    sum_later = shard is not None and weight is not None and indices and reduction == "mean" and denominator is None
+    count = 1.0 if sum_later else denominator
+    factor = factor_of(reduction, count, rows, num_classes, target, weight, ignore_index, none_ignored, name)
+    if share != 1:
+        factor = factor * share
     scalars = scalars_of(c, reg_weight, per_class, name, rows)
     options = *scalars, int(ignore_index), float(label_smoothing), float(z_loss), float(softcap or 0.0)
+    known = None, None
+    if shard is None:
+        options = *options, 0, None
+    else:
+        options = *options, shard.start, shard.num_classes
+        losses, stats = known = row_loss(rows, target, weight, factor, name, shard.name, *options)
+        if sum_later:
+            counted = (target != ignore_index) & (target >= 0) & (target < num_classes)
+            factor = factor / torch.where(counted, stats[4], 0).sum()
 
     if wants_gradient or is_transformed():
         inplace = inplace and wants_gradient and not is_watched() and _own_rows(rows)
@@ -253,9 +301,11 @@ def self_regularized_entropy(
         elif recompute is None:
             recompute = input.dtype == torch.float16 or reduction == "none"
         function = Recompute if recompute else SinglePass
-        loss, losses, _ = apply(function, rows, target, weight, factor, name, reduction, inplace, *options)
+        loss, losses, _ = apply(function, rows, target, weight, factor, *known, name, reduction, inplace, *options)
     else:
-        losses, _ = primitives(name).row_loss(rows, target, weight, *options)
+        if shard is None:
+            losses, _ = primitives(name).row_loss(rows, target, weight, *options)
         loss = reduced(losses, factor, reduction, name)
     shape = input.shape[:dim] + input.shape[dim + 1 :]
-    return result_of(loss, losses, factor, per_class, reduction=reduction, shape=shape, return_parts=return_parts)
+    loss, parts = result_of(loss, losses, factor, per_class, reduction=reduction, shape=shape, with_parts=return_parts)
+    return returned(loss, parts, layout, reduction, return_parts)

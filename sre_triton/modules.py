@@ -10,6 +10,7 @@ from .checks import check_chunk_rows, check_options
 from .linear import linear_self_regularized_entropy
 from .loss import self_regularized_entropy
 from .reference import Parts
+from .shard import VocabShard
 
 
 def _defaults(function: Callable, *but: str) -> dict[str, object]:
@@ -72,7 +73,7 @@ class SelfRegularizedEntropyLoss(_Loss):
         inplace: bool = False,
         recompute: bool | None = None,
         return_parts: bool = False,
-        shard: None = None,
+        shard: VocabShard | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -94,7 +95,8 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
         in_features: D.
         num_classes: K.
         bias, device, dtype: of ``linear``, an ``nn.Linear(in_features, num_classes)``. To tie its weight to an
-            embedding's, set ``module.linear.weight = embedding.weight``.
+            embedding's, set ``module.linear.weight = embedding.weight``. With ``shard``, num_classes is K and
+            ``linear`` has this rank's classes; or shard it with ``parallelize_module`` and ``ColwiseParallel``.
         weight: class weights (K,), kept as a buffer; the other arguments are kept as attributes of the same names,
             and each may be changed between steps.
 
@@ -126,7 +128,7 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
         z_loss: float = 0.0,
         softcap: float | None = None,
         return_parts: bool = False,
-        shard: None = None,
+        shard: VocabShard | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -134,7 +136,10 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
         options = self._options()
         check_chunk_rows(options.pop("chunk_rows"))
         check_options(**options)
-        self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        if shard is not None and shard.num_classes != num_classes:
+            raise ValueError(f"shard: expected one of {num_classes} classes, as num_classes, got {shard}")
+        num_here = num_classes if shard is None else shard.stop - shard.start
+        self.linear = torch.nn.Linear(in_features, num_here, bias=bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Parts]:
         """The loss of features (..., D) and class indices (...) or probabilities (..., K)."""

@@ -34,8 +34,12 @@ NUM_STATS = NUM_LSE + NUM_SUMS
 ROW_DIM = {"logits": 0, "target": 0, "scale": 0, "stats": 1}
 
 # The last arguments of all primitives. c and λ' are tensors, (), as torch.compile would compile numbers in; eager calls
-# take numbers as well. A softcap of 0 is none.
-OPTIONS = "Tensor c, Tensor reg_weight, int ignore_index, float label_smoothing, float z_loss, float softcap"
+# take numbers as well. A softcap of 0 is none. The last two are of classes that are sharded: the first class of the
+# logits, and K with those of all other shards; targets that none of the logits belongs to are then another shard's.
+OPTIONS = (
+    "Tensor c, Tensor reg_weight, int ignore_index, float label_smoothing, float z_loss, float softcap, "
+    "int first_class=0, SymInt? all_classes=None"
+)
 
 
 def new_numbers(logits: Tensor, count: int) -> Tensor:
@@ -115,11 +119,13 @@ def scalar_of(value: float | Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
-def _batching_rule(op: Callable, names: list[str], out_row_dims: tuple[int, ...]) -> Callable:
+def batching_rule(op: Callable, out_row_dims: tuple[int, ...]) -> Callable:
     """Rows do not know of each other, so a batch of calls is one call with more rows."""
+    all_names = [argument.name for argument in op._opoverload._schema.arguments]
 
     def rule(info, in_dims, *args):
         batch = info.batch_size
+        names = all_names[: len(args)]
         batched = [arg if dim is None else arg.movedim(dim, 0) for arg, dim in zip(args, in_dims, strict=True)]
         if any(dim is not None and name not in ROW_DIM for name, dim in zip(names, in_dims, strict=True)):
             calls = [
@@ -162,17 +168,15 @@ def primitive(backend: str) -> Callable[[Callable], Callable]:
             f"sre_triton::{backend}_{name}", contiguous, mutates_args=(), schema=primitive.schema()
         )
         op.register_fake(lambda logits, *_: primitive.fake(logits))
-        names = [argument.name for argument in op._opoverload._schema.arguments]
-        op.register_vmap(_batching_rule(op, names, primitive.row_dims))
+        op.register_vmap(batching_rule(op, primitive.row_dims))
+        num_tensors = primitive.arguments.count(",")  # after the logits
 
         @functools.wraps(function)
         def call(logits: Tensor, *args):
             if not needs_dispatch(logits, args):
                 return function(logits, *args)
-            *args, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap = args
-            return op(
-                logits, *args, scalar_of(c), scalar_of(reg_weight), ignore_index, label_smoothing, z_loss, softcap
-            )
+            tensors, (c, reg_weight, *others) = args[:num_tensors], args[num_tensors:]
+            return op(logits, *tensors, scalar_of(c), scalar_of(reg_weight), *others)
 
         call.op = op
         return call

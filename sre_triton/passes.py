@@ -32,6 +32,8 @@ class Numbers(NamedTuple):
     label_smoothing: Tensor | None
     z_loss: Tensor | None
     softcap: Tensor | None
+    first_class: Tensor | None = None  # the logits' classes are a shard's: the first of them,
+    all_classes: Tensor | None = None  # and K
 
 
 class Row(NamedTuple):
@@ -105,6 +107,8 @@ def _shares(numbers: Numbers, num_classes: int) -> tuple[Tensor | float, Tensor 
     """What label smoothing gives to every class, ε/K, and what it leaves to the target, 1 - ε."""
     if numbers.label_smoothing is None:
         return 0.0, 1.0
+    if numbers.all_classes is not None:
+        num_classes = numbers.all_classes
     return numbers.label_smoothing / num_classes, 1 - numbers.label_smoothing
 
 
@@ -114,32 +118,49 @@ def _smoothed(target: Tensor, z: Tensor, numbers: Numbers) -> Tensor:
     return kept * target.to(z.dtype) + share
 
 
-def _at_target(z: Tensor, target: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row: whether it is counted, its target class (0 if that is out of range), and the logit there."""
+def local_class(target: Tensor, num_classes: int, first_class: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where among the logits' classes the target is (0 if nowhere), and whether it is one of them."""
+    if first_class is not None:
+        target = target - first_class
+    here = (target >= 0) & (target < num_classes)
+    return torch.where(here, target, 0), here
+
+
+def _at_target(z: Tensor, target: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Of each row: whether it is counted, its `local_class`, the logit there, and whether it is in another shard."""
     target = _wide(target.unsqueeze(1))
     counted = target != numbers.ignore_index
-    index = torch.where((target >= 0) & (target < z.shape[1]), target, 0)
-    return counted, index, z.gather(1, index)
+    index, here = local_class(target, z.shape[1], numbers.first_class)
+    elsewhere = None
+    if numbers.all_classes is not None:
+        elsewhere = (target >= 0) & (target < numbers.all_classes) & ~here
+    return counted, index, here, z.gather(1, index), elsewhere
+
+
+def _unless(elsewhere: Tensor | None, x: Tensor | float) -> Tensor | float:
+    return x if elsewhere is None else torch.where(elsewhere, 0, x)
 
 
 def _lse(z: Tensor, target: Tensor, weight: Tensor | None, numbers: Numbers) -> tuple[Tensor, Tensor, Row]:
     """d, exp(d), and the first five numbers of the rows."""
     num_classes = z.shape[1]
     share, kept = _shares(numbers, num_classes)
-    top = _max(z)
+    top = m = _max(z)
+    if numbers.all_classes is not None:
+        top = torch.where(m == -torch.inf, 0, m)  # this shard's classes may all be masked where another's are not
     d = z - top
     e = d.exp()
-    m, exp_sum = _wide(top), _sum(e)
+    top, m, exp_sum = _wide(top), _wide(m), _sum(e)
     if target.dim() == 2:
         y = _smoothed(target, z, numbers)
         y = y if weight is None else y * weight
         omega = torch.ones_like(m) if weight is None else _sum(target.to(z.dtype) * weight)
         return d, e, Row(m, exp_sum, _sum(y), _sum(torch.where(y == 0, 0, y * d)), omega)
-    _, index, z_g = _at_target(z, target, numbers)
+    _, index, here, z_g, elsewhere = _at_target(z, target, numbers)
     omega = torch.ones_like(z_g) if weight is None else weight[index]
-    omega = torch.where(index == target.unsqueeze(1), omega, float("nan"))
+    omega = _unless(elsewhere, torch.where(here, omega, float("nan")))
     y_sum = kept * omega
-    yz_sum = y_sum * (z_g - m)
+    yz_sum = y_sum * _unless(elsewhere, z_g - top)
     if numbers.label_smoothing is not None:
         y_sum = y_sum + share * (num_classes if weight is None else _sum(weight.unsqueeze(0)))
         yz_sum = yz_sum + share * _sum(d if weight is None else torch.where(weight == 0, 0, d * weight))
@@ -154,7 +175,8 @@ def _sums(
         wrong = 1 - _smoothed(target, z, numbers)
         return _sum(wrong * h), _sum(wrong * u)
     share, kept = _shares(numbers, z.shape[1])
-    _, _, z_g = _at_target(z, target, numbers)
+    _, _, _, z_g, elsewhere = _at_target(z, target, numbers)
+    kept = _unless(elsewhere, kept)
     t_g, mu_g = coin(z_g - row.m, (z_g - row.m).exp(), *offset)
     return (1 - share) * _sum(h) - kept * h_of(t_g, mu_g), (1 - share) * _sum(u) - kept * u_of(t_g, mu_g)
 
@@ -169,7 +191,7 @@ def _walked(z: Tensor, target: Tensor, weight: Tensor | None, numbers: Numbers) 
     return first, offset, e, u, Row(*row[:5], *_sums(z, h, u, row, target, offset, numbers))
 
 
-def _losses(row: Row, target: Tensor, numbers: Numbers) -> tuple[Tensor, ...]:
+def losses_of(row: Row, target: Tensor, numbers: Numbers) -> tuple[Tensor, ...]:
     """Loss, H, S, α lse²."""
     log_sum = row.exp_sum.log()
     cross_entropy = row.y_sum * log_sum - row.yz_sum
@@ -210,7 +232,8 @@ def _coefficients(
     coef_u = scale * row.omega * numbers.reg_weight
     if target.dim() == 2:
         return torch.zeros_like(coef_e), coef_e, coef_u, scale, torch.ones_like(coef_e)
-    counted, index, z_g = _at_target(z, target, numbers)
+    counted, index, _, z_g, elsewhere = _at_target(z, target, numbers)
+    kept = _unless(elsewhere, kept)
     d_g = z_g - row.m
     wy_g = kept * row.omega + (share if weight is None else share * weight[index])
     coefs = coef_e, coef_u * (1 - share - kept), scale * wy_g
@@ -242,14 +265,20 @@ def _gradient(z, e, u, target, weight, coefs, numbers: Numbers) -> Tensor:
 
 
 def _with_gradient(
-    gradient: Tensor, dtype: torch.dtype, target: Tensor, out: Tensor | None, packed: Tensor, last: int
+    gradient: Tensor,
+    dtype: torch.dtype,
+    target: Tensor,
+    out: Tensor | None,
+    packed: Tensor,
+    last: int,
+    numbers: Numbers,
 ) -> tuple[Tensor] | tuple[Tensor, Tensor]:
     if out is not None:
         out.copy_(gradient)
         return (packed,)
     gradient = gradient.to(dtype)
     if target.dim() == 1:
-        index = torch.where((target >= 0) & (target < gradient.shape[1]), target, 0)
+        index, _ = local_class(target, gradient.shape[1], numbers.first_class)
         gradient = gradient.scatter(1, index.unsqueeze(1), packed[:, last : last + 1].to(dtype))
     return packed, gradient
 
@@ -275,7 +304,7 @@ def sums_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tu
 def loss_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, ...]:
     """Losses and statistics."""
     first, *_, row = _walked(_capped(logits, numbers), target, weight, numbers)
-    return _pack(*_losses(row, target, numbers), *row), first
+    return _pack(*losses_of(row, target, numbers), *row), first
 
 
 def gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, ...]:
@@ -290,7 +319,7 @@ def gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -
     e = d.exp()
     u = u_of(*coin(d, e, off, lost, e_off))
     gradient = _gradient(z, e, u, target, weight, coefs, numbers)
-    return _with_gradient(gradient, logits.dtype, target, out, packed, 0)
+    return _with_gradient(gradient, logits.dtype, target, out, packed, 0, numbers)
 
 
 def loss_and_gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, ...]:
@@ -298,6 +327,6 @@ def loss_and_gradient_pass(logits, target, weight, stats, scale, out, numbers: N
     z = _capped(logits, numbers)
     first, offset, e, u, row = _walked(z, target, weight, numbers)
     coefs = _coefficients(z, row, target, weight, offset, scale, numbers)
-    packed = _pack(*_losses(row, target, numbers), *coefs)
+    packed = _pack(*losses_of(row, target, numbers), *coefs)
     gradient = _gradient(z, e, u, target, weight, _columns(packed, 5, 4), numbers)
-    return *_with_gradient(gradient, logits.dtype, target, out, packed, 4), first
+    return *_with_gradient(gradient, logits.dtype, target, out, packed, 4, numbers), first

@@ -28,6 +28,8 @@ class Inputs(NamedTuple):
     weight_ptr: Any  # (K,) or None
     num_rows: Any  # N
     num_classes: Any  # K, in units of ALIGN
+    first_class: Any = None  # the classes are a shard's: the first of them,
+    all_classes: Any = None  # and how many there are in all shards
 
 
 class Options(NamedTuple):
@@ -70,8 +72,10 @@ def shares(inputs, opts, V: tl.constexpr):
     """What label smoothing gives to every class, ε/K, and what it leaves to the target, 1 - ε."""
     if opts.label_smoothing is None:
         return 0.0, 1.0
-    else:
+    elif inputs.all_classes is None:
         return opts.label_smoothing / (inputs.num_classes * V.ALIGN), 1.0 - opts.label_smoothing
+    else:
+        return opts.label_smoothing / inputs.all_classes, 1.0 - opts.label_smoothing
 
 
 @triton.jit
@@ -111,10 +115,13 @@ def lse_with_targets(inputs, opts, lse, targets, V: tl.constexpr):
             omega = zeros(V) + 1.0
         return m, exp_sum, y_sum, yz_sum, omega
     else:
-        _, z_g, w_g = targets
+        g, z_g, w_g = targets
         _, at_target = shares(inputs, opts, V)
         wy_g = at_target * w_g
-        return m, exp_sum, y_sum + wy_g, yz_sum + wy_g * (z_g - finite_maximum(m)), w_g
+        d_g = z_g - finite_maximum(m)
+        if inputs.all_classes is not None:
+            d_g = tl.where(g < 0, 0.0, d_g)
+        return m, exp_sum, y_sum + wy_g, yz_sum + wy_g * d_g, w_g
 
 
 @triton.jit

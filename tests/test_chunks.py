@@ -33,8 +33,9 @@ def test_chunks_are_of_about_one_size_and_have_rows_enough(device):
 def arguments(probabilities, dtype, wanted, backend, **changed):
     *tensors, target, keywords = linear_problem((N,), D, K, OPTIONS["all"], probabilities=probabilities, dtype=dtype)
     tensors = [tensor.detach() for tensor in tensors]
-    given = *tensors, target, keywords["weight"], torch.rand(N)
-    return *given, backend, 4, changed.get("logits", dtype), list(wanted), *options_of(**keywords)
+    given = *tensors, target, keywords["weight"], torch.rand(()), torch.rand(N)
+    how = backend, 4, changed.get("logits", dtype), list(wanted), True, "", False
+    return *given, *how, *options_of(**keywords)
 
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False), (False, False, False)], ids=str)

@@ -35,7 +35,10 @@ ORDER = [
     "plan",
     "launch",
     "backend",
+    "shard",
     "checks",
+    "collectives",
+    "dtensor",
     "autograd",
     "loss",
     "chunks",
@@ -63,6 +66,7 @@ def test_exports():
         "LinearSelfRegularizedEntropyLoss",
         "Parts",
         "SelfRegularizedEntropyLoss",
+        "VocabShard",
         "linear_self_regularized_entropy",
         "self_regularized_entropy",
     }

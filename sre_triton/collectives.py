@@ -1,0 +1,233 @@
+"""Classes sharded over the ranks of a process group: a row's numbers from those of its shards.
+
+Each rank has the logits of its classes, all rows, and all targets. A step is
+
+    row_lse         of the shard's classes
+    all-gather      its numbers; m = max m_r, exp_sum = Σ exp_sum_r exp(m_r - m), the sums with y likewise
+    row_sums        with the row's m and exp_sum
+    all-reduce      h_sum and u_sum
+    row_gradient    now, or in the backward, without a collective
+
+Beyond GATHER_RANKS ranks, whose numbers together outgrow a shard's logits, two all-reduces, of the maxima and of the
+sums, take the place of the gathering. Nothing is ever asked of the other ranks beside that: what they must agree on
+travels in front of the first numbers (:func:`_header`). Where they do not, a CPU raises and a GPU, which is not waited
+for, makes NaN of all rows.
+"""
+
+import functools
+import hashlib
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .backend import primitives
+from .fallback import numbers_of
+from .ops import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, OPTIONS, batching_rule, needs_dispatch, new_numbers, scalar_of
+from .passes import Row, local_class, losses_of
+from .reference import compute_dtype
+
+# A gathering moves 16 bytes a row for each rank. At 64 ranks and K = 128256, that is a quarter of a shard's bfloat16
+# logits.
+GATHER_RANKS = 64
+
+DIFFERENT_CALLS = (
+    "shard: expected the same call on all ranks of the group, but the numbers of rows or classes, the dtypes or the "
+    "options differ{}"
+)
+NOT_EVERY_CLASS_ONCE = "shard: expected the shards of the group's ranks to hold each of the {} classes once"
+
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What travels in front of the numbers
+
+
+NUM_SAME, NUM_SUMMED = 6, 2
+
+
+def _digest(text: str, count: int, bits: int) -> list[int]:
+    """``count`` numbers of so many bits: what floats hold exactly, and their sums over thousands of ranks too."""
+    digest = hashlib.blake2b(text.encode(), digest_size=2 * count).digest()
+    return [int.from_bytes(digest[i : i + 2], "big") >> (16 - bits) for i in range(0, 2 * count, 2)]
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(text: str, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    ends = zip(_digest(str(stop), NUM_SUMMED, 12), _digest(str(start), NUM_SUMMED, 12), strict=True)
+    with torch.inference_mode(False):
+        numbers = [*_digest(text, 3, 16), 0, 0, 0, *(stop - start for stop, start in ends)]
+        return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def _header(text: str, values: tuple[float | Tensor, ...], start: int, stop: int, like: Tensor) -> Tensor:
+    """(NUM_SAME + NUM_SUMMED,): what is the same on all ranks, and what has the same sum over them wherever they meet.
+
+    Same are a digest of the call and three values. The sum is that of digest(stop) - digest(start): if the shards hold
+    every class once, all ends but the outermost cancel.
+    """
+    header = _constants(text, start, stop, like.dtype, like.device).clone()
+    for i, value in enumerate(values, NUM_SAME - 3):
+        if isinstance(value, Tensor):
+            header[i].copy_(value)
+        else:
+            header[i].fill_(value)
+    return header
+
+
+def _expected_sum(num_classes: int, like: Tensor) -> Tensor:
+    return _constants("", 0, num_classes, like.dtype, like.device)[NUM_SAME:]
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    return (a == b) | (a.isnan() & b.isnan())
+
+
+def _checked(stats: Tensor, same: Tensor, complete: Tensor, num_classes: int) -> Tensor:
+    """The numbers, if the ranks (``same``, one each, or one for all) made the same call on complete shards."""
+    if stats.device.type != "cpu":
+        return torch.where(same.all() & complete, stats, torch.nan)
+    if not same.all():
+        others = (~same).nonzero().squeeze(-1).tolist() if same.dim() else ()
+        rank = f" between this rank and rank {others[0]} of the group" if others else ""
+        raise RuntimeError(DIFFERENT_CALLS.format(rank))
+    if not complete:
+        raise RuntimeError(NOT_EVERY_CLASS_ONCE.format(num_classes))
+    return stats
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The collectives
+
+
+def _relative(stats: Tensor, m: Tensor) -> Tensor:
+    """What of row_lse's numbers (..., count, N) adds up over the shards, relative to the maximum of all, m (N,)."""
+    m_r, exp_sum, y_sum, yz_sum, *omega = stats.unbind(-2)
+    shift = torch.where(m_r == -torch.inf, 0, m_r - m)  # there is nothing to shift where all classes are masked
+    return torch.stack([exp_sum * shift.exp(), y_sum, yz_sum + y_sum * shift, *omega], -2)
+
+
+def _combine(
+    stats: Tensor, header: Tensor, rest: Tensor, group: "dist.ProcessGroup", num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """From row_lse's numbers (count, N) of the shards those of whole rows, and the sum of ``rest`` over the ranks."""
+    num_ranks, (count, num_rows) = dist.get_world_size(group), stats.shape
+    same, summed = header[:NUM_SAME], torch.cat([header[NUM_SAME:], rest])
+    expected = _expected_sum(num_classes, header)
+    if num_ranks <= GATHER_RANKS:
+        sent = torch.cat([same, summed, stats.flatten()])
+        gathered = sent.new_empty(num_ranks * sent.numel())
+        dist.all_gather_into_tensor(gathered, sent, group=group)
+        first, second, stats = gathered.view(num_ranks, -1).split(
+            [same.numel(), summed.numel(), count * num_rows], dim=1
+        )
+        stats = stats.unflatten(1, (count, num_rows))
+        agreed = _same(first, same).all(1)
+        m = stats[:, 0].amax(0)
+        sums, summed = _relative(stats, m).sum(0), second.sum(0)
+    else:
+        largest = torch.cat([same, -same, stats[0]])
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        agreed = (_same(largest[:NUM_SAME], same) & _same(largest[NUM_SAME : 2 * NUM_SAME], -same)).all()
+        m = largest[2 * NUM_SAME :]
+        sums = torch.cat([summed, _relative(stats, m).flatten()])
+        dist.all_reduce(sums, group=group)
+        summed, sums = sums.split([summed.numel(), (count - 1) * num_rows])
+        sums = sums.unflatten(0, (count - 1, num_rows))
+    complete = (summed[:NUM_SUMMED] == expected).all()
+    stats = _checked(torch.cat([m.unsqueeze(0), sums]), agreed, complete, num_classes)
+    return stats, summed[NUM_SUMMED:]
+
+
+def group_of(name: str) -> "dist.ProcessGroup":
+    """Ops take no process group, but its name."""
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+def sum_of_weights(
+    target: Tensor, weight: Tensor, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap, first_class, _
+) -> Tensor:
+    """Of those targets of class indices that are in this shard, (1,)."""
+    index, here = local_class(target, weight.shape[0], first_class)
+    here = here & (target != ignore_index)
+    weight = weight.detach().to(compute_dtype(weight.dtype))
+    return (weight[index[here]] if weight.is_cpu else torch.where(here, weight[index], 0)).sum(0, keepdim=True)
+
+
+def row_stats(
+    row_primitives: ModuleType,
+    logits: Tensor,  # (N, classes of the shard)
+    target: Tensor,  # (N,), or (N, classes of the shard)
+    weight: Tensor | None,  # (classes of the shard,)
+    options: tuple,
+    group: "dist.ProcessGroup",
+    factor: float | Tensor,
+    call: tuple = (),
+    rest: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses (4, N) and statistics (7, N) of whole rows, from two collectives.
+
+    Args:
+        row_primitives: the backend's.
+        logits, target, weight, options: as the primitives take them.
+        group: the process group.
+        factor: what the losses will be multiplied by, to see that it is the same on all ranks.
+        call: what else must be.
+        rest: numbers (n,) of which the sum over the ranks is wanted; the third thing that is returned.
+    """
+    c, reg_weight, *others, first_class, num_classes = options
+    num_rows, num_here = logits.shape
+    indices = target.dim() == 1
+
+    stats = new_numbers(logits, NUM_LSE)
+    if num_here:
+        stats = row_primitives.row_lse(logits, target, weight, *options)
+    else:
+        stats.zero_()[0] = -torch.inf
+    call = repr((*call, num_rows, num_classes, logits.dtype, indices, weight is None, *others))
+    header = _header(call, (c, reg_weight, factor), first_class, first_class + num_here, stats)
+    # Without class weights, ω is 1.
+    sent = stats if weight is not None else stats[: NUM_LSE - 1]
+    stats, rest = _combine(sent, header, stats.new_empty(0) if rest is None else rest, group, num_classes)
+    if weight is None:
+        omega = torch.ones_like(stats[:1])
+        if indices:
+            # So is then Σ y, unless a target is no class, or the ranks do not have the same targets.
+            omega = torch.where((stats[2:3] - 1).abs() < 1e-3, omega, torch.nan)
+            stats = torch.cat([stats[:2], omega, stats[3:]])
+        stats = torch.cat([stats, omega])
+
+    sums = stats.new_zeros(NUM_SUMS, num_rows)
+    if num_here:
+        sums = row_primitives.row_sums(logits, target, stats, *options).contiguous()
+    dist.all_reduce(sums, group=group)
+    stats = torch.cat([stats, sums])
+    losses = losses_of(Row(*stats.unsqueeze(2)), target, numbers_of(stats.dtype, *options))
+    return torch.cat(losses, 1).t().contiguous(), stats, rest
+
+
+def _row_loss(logits, target, weight, factor, backend, group, *options) -> tuple[Tensor, Tensor]:
+    return row_stats(primitives(backend), logits, target, weight, options, group_of(group), factor)[:2]
+
+
+_op = torch.library.custom_op(
+    "sre_triton::sharded_row_loss",
+    _row_loss,
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor target, Tensor? weight, Tensor factor, str backend, str group, {OPTIONS}) "
+    "-> (Tensor, Tensor)",
+)
+_op.register_fake(lambda logits, *_: (new_numbers(logits, NUM_LOSSES), new_numbers(logits, NUM_STATS)))
+_op.register_vmap(batching_rule(_op, (1, 1)))
+
+
+def row_loss(
+    logits: Tensor, target: Tensor, weight: Tensor | None, factor: Tensor, backend: str, group: str, *options
+) -> tuple[Tensor, Tensor]:
+    """:func:`row_stats` as the primitive row_loss: losses (4, N), statistics (7, N)."""
+    logits = logits.detach()
+    if not needs_dispatch(logits, (target, weight, factor)):
+        return _row_loss(logits, target, weight, factor, backend, group, *options)
+    c, reg_weight, *others = options
+    return _op(logits, target, weight, factor, backend, group, scalar_of(c), scalar_of(reg_weight), *others)
