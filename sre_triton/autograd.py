@@ -2,8 +2,8 @@
 
 In a *single pass* it is computed together with the loss, already divided by the mean's denominator, and the backward
 hands it over, multiplied by the upstream gradient where that is not 1. With *recompute* the forward keeps seven numbers
-a row and the backward reads the logits again. Where classes are sharded, losses and numbers of the rows are known before
-(shard.py), and the two ways differ in when they compute the gradient.
+a row and the backward reads the logits again. Where classes are sharded, the losses and numbers of the rows come with
+the arguments (collectives.py), and the two ways differ in when they compute the gradient.
 """
 
 import functools

@@ -170,9 +170,7 @@ def _check_target(
             raise ValueError("weight: expected one that requires no gradient with class indices; detach it")
 
 
-def of_shard(
-    shard: VocabShard | None, target: Tensor, weight: Tensor | None, dim: int
-) -> tuple[Tensor, Tensor | None]:
+def of_shard(shard: VocabShard | None, target: Tensor, weight: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
     """Target probabilities and class weights of the shard alone, where they are of all classes."""
     if shard is None:
         return target, weight

@@ -24,7 +24,17 @@ from torch import Tensor
 
 from .backend import primitives
 from .fallback import numbers_of
-from .ops import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, OPTIONS, batching_rule, needs_dispatch, new_numbers, scalar_of
+from .ops import (
+    NUM_LOSSES,
+    NUM_LSE,
+    NUM_STATS,
+    NUM_SUMS,
+    OPTIONS,
+    batching_rule,
+    needs_dispatch,
+    new_numbers,
+    scalar_of,
+)
 from .passes import Row, local_class, losses_of
 from .reference import compute_dtype
 
@@ -32,12 +42,14 @@ from .reference import compute_dtype
 # logits.
 GATHER_RANKS = 64
 
+# Devices whose memory a program can look at without waiting.
+READABLE = ("cpu",)
+
 DIFFERENT_CALLS = (
     "shard: expected the same call on all ranks of the group, but the numbers of rows or classes, the dtypes or the "
     "options differ{}"
 )
 NOT_EVERY_CLASS_ONCE = "shard: expected the shards of the group's ranks to hold each of the {} classes once"
-
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +98,7 @@ def _same(a: Tensor, b: Tensor) -> Tensor:
 
 def _checked(stats: Tensor, same: Tensor, complete: Tensor, num_classes: int) -> Tensor:
     """The numbers, if the ranks (``same``, one each, or one for all) made the same call on complete shards."""
-    if stats.device.type != "cpu":
+    if stats.device.type not in READABLE:
         return torch.where(same.all() & complete, stats, torch.nan)
     if not same.all():
         others = (~same).nonzero().squeeze(-1).tolist() if same.dim() else ()
@@ -149,10 +161,11 @@ def sum_of_weights(
     target: Tensor, weight: Tensor, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap, first_class, _
 ) -> Tensor:
     """Of those targets of class indices that are in this shard, (1,)."""
-    index, here = local_class(target, weight.shape[0], first_class)
-    here = here & (target != ignore_index)
     weight = weight.detach().to(compute_dtype(weight.dtype))
-    return (weight[index[here]] if weight.is_cpu else torch.where(here, weight[index], 0)).sum(0, keepdim=True)
+    if weight.numel() == 0:
+        return weight.new_zeros(1)
+    index, here = local_class(target, weight.shape[0], first_class)
+    return torch.where(here & (target != ignore_index), weight[index], 0).sum(0, keepdim=True)
 
 
 def row_stats(
@@ -164,17 +177,11 @@ def row_stats(
     group: "dist.ProcessGroup",
     factor: float | Tensor,
     call: tuple = (),
-    rest: Tensor | None = None,
+    rest: Tensor | None = None,  # (any,)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses (4, N) and statistics (7, N) of whole rows, from two collectives.
+    """The losses (4, N) and statistics (7, N) of whole rows, and the sum of ``rest`` over the ranks: two collectives.
 
-    Args:
-        row_primitives: the backend's.
-        logits, target, weight, options: as the primitives take them.
-        group: the process group.
-        factor: what the losses will be multiplied by, to see that it is the same on all ranks.
-        call: what else must be.
-        rest: numbers (n,) of which the sum over the ranks is wanted; the third thing that is returned.
+    The ``factor`` with which the losses will be multiplied must be the same on all ranks, and so must ``call``.
     """
     c, reg_weight, *others, first_class, num_classes = options
     num_rows, num_here = logits.shape

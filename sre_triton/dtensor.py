@@ -141,13 +141,13 @@ def of_linear(
         dims.append(class_dim if of_class == 0 else row_dim)
     if 0 in class_dims:
         shard = VocabShard.over(linear_weight, 0, class_dims.index(0))
-    if linear_bias is not None and (linear_bias.device_mesh, linear_bias.placements) != (mesh, linear_weight.placements):
-        raise wrong_placements("linear_bias", linear_bias, f"with linear_weight's placements, {linear_weight.placements}")
+    placements = linear_weight.placements
+    if linear_bias is not None and (linear_bias.device_mesh, linear_bias.placements) != (mesh, placements):
+        raise wrong_placements("linear_bias", linear_bias, f"with linear_weight's placements, {placements}")
 
     # Each rank's gradient of a parameter is of its own rows.
     gradients = [
-        Partial() if row_dim is not None else placement
-        for row_dim, placement in zip(row_dims, linear_weight.placements, strict=True)
+        Partial() if row_dim is not None else placement for row_dim, placement in zip(row_dims, placements, strict=True)
     ]
     local = input.to_local()
     shape, num_here = (*input.shape[:-1], linear_weight.shape[0]), linear_weight.to_local().shape[0]

@@ -99,8 +99,6 @@ def _default_group() -> "dist.ProcessGroup":
     return dist.group.WORLD
 
 
-
-
 def wrong_placements(argument: str, tensor: "torch.distributed.tensor.DTensor", expected: str) -> ValueError:
     """What is wrong, and what to do."""
     return ValueError(

@@ -1,4 +1,4 @@
-"""Processes that are the ranks of process groups: what a test says is run on all of them, and their results come back."""
+"""Processes that are the ranks of process groups: a function runs on all of them, and what it returns comes back."""
 
 import contextlib
 import datetime

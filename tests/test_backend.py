@@ -62,21 +62,3 @@ except ValueError as error:
         check=True,
     ).stdout
     assert out.startswith("backend: expected None, 'compile' or 'eager' for logits on cpu, got 'triton', which needs")
-
-
-def test_shards_are_not_there_yet():
-    with pytest.raises(NotImplementedError, match="^shard: "):
-        self_regularized_entropy(z, y, shard=object())
-
-
-def test_dtensors_are_not_there_yet(tmp_path):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        sharded = distribute_tensor(z, init_device_mesh("cpu", (1,)), [Shard(1)])
-        with pytest.raises(NotImplementedError, match="^input: DTensor"):
-            self_regularized_entropy(sharded, y)
-    finally:
-        torch.distributed.destroy_process_group()

@@ -74,15 +74,40 @@ def test_backends_agree_on_the_statistics(probabilities, on_triton, uncompiled):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_shards_combine_by_maximum_and_sum(module):
-    logits, _, _ = problem(9, 30, {})
-    options = options_of()
-    target = torch.zeros(9).long()
-    m, exp_sum = module.row_lse(logits, target, None, *options)[:2]
-    parts = [module.row_lse(half, target, None, *options)[:2] for half in logits.split((11, 19), 1)]
-    largest = torch.maximum(parts[0][0], parts[1][0])
-    total = sum(part[1] * (part[0] - largest).exp() for part in parts)
-    torch.testing.assert_close(largest + total.log(), m + exp_sum.log())
+@both_targets
+@pytest.mark.parametrize("options", ["default", "weight+smoothing", "all"])
+def test_shards_combine_by_maximum_and_sum(options, probabilities, module):
+    logits, target, keywords = problem(9, 60, OPTIONS[options], probabilities=probabilities)
+    weight, scale = keywords.get("weight"), torch.rand(9)
+    whole = logits, target, weight, *options_of(**keywords)
+    _, stats = module.row_loss(*whole)
+    m = stats[0]
+    shards, lse = [(0, 23), (23, 60)], torch.zeros(5, 9)
+    for start, stop in shards:
+        part, shard = slice(start, stop), (start, 60)
+        given = logits[:, part], target[:, part] if probabilities else target, None if weight is None else weight[part]
+        of_shard = module.row_lse(*given, *options_of(**keywords), *shard)
+        shift = of_shard[0] - m
+        of_shard[1] *= shift.exp()
+        of_shard[3] += of_shard[2] * shift
+        lse += of_shard
+    lse[0] = m
+    if probabilities and weight is None:
+        lse[4] = 1
+    torch.testing.assert_close(lse, stats[:5])
+    sums = 0
+    for start, stop in shards:
+        part, shard = slice(start, stop), (start, 60)
+        given = logits[:, part], target[:, part] if probabilities else target
+        sums += module.row_sums(*given, lse, *options_of(**keywords), *shard)
+    torch.testing.assert_close(sums, stats[5:])
+    gradient = []
+    for start, stop in shards:
+        part, shard = slice(start, stop), (start, 60)
+        given = logits[:, part], target[:, part] if probabilities else target, None if weight is None else weight[part]
+        gradient.append(module.row_gradient(*given, stats, scale, *options_of(**keywords), *shard))
+    expected = module.row_gradient(logits, target, weight, stats, scale, *options_of(**keywords))
+    torch.testing.assert_close(torch.cat(gradient, 1), expected)
 
 
 @both_targets
