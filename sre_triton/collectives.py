@@ -113,6 +113,10 @@ def _checked(stats: Tensor, same: Tensor, complete: Tensor, num_classes: int) ->
 # The collectives
 
 
+# The older name warns since torch 2.14; the newer is not there before.
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+
+
 def _relative(stats: Tensor, m: Tensor) -> Tensor:
     """What of row_lse's numbers (..., count, N) adds up over the shards, relative to the maximum of all, m (N,)."""
     m_r, exp_sum, y_sum, yz_sum, *omega = stats.unbind(-2)
@@ -130,7 +134,7 @@ def _combine(
     if num_ranks <= GATHER_RANKS:
         sent = torch.cat([same, summed, stats.flatten()])
         gathered = sent.new_empty(num_ranks * sent.numel())
-        dist.all_gather_into_tensor(gathered, sent, group=group)
+        _all_gather(gathered, sent, group=group)
         first, second, stats = gathered.view(num_ranks, -1).split(
             [same.numel(), summed.numel(), count * num_rows], dim=1
         )

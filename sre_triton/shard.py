@@ -40,7 +40,7 @@ class VocabShard:
     start: int
     stop: int
     num_classes: int
-    group: "dist.ProcessGroup | None" = None
+    group: "dist.ProcessGroup | None" = field(default=None, repr=False)
     name: str = field(init=False, repr=False, compare=False)  # the group's
 
     def __post_init__(self) -> None:

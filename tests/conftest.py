@@ -9,6 +9,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from ranks import Ranks
+
 from sre_triton import checks, compiled
 
 torch.set_num_threads(1)  # The tests run in two processes.
@@ -79,6 +81,21 @@ def row_backend(request):
 def on_triton(request):
     """The kernels, interpreted or on a GPU."""
     return _use(request.param, request)
+
+
+@pytest.fixture(scope="session")
+def _ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    made = {"gloo": Ranks(4, "gloo", folder), "nccl": Ranks(torch.cuda.device_count(), "nccl", folder)}
+    yield made
+    for ranks in made.values():
+        ranks.close()
+
+
+@pytest.fixture
+def ranks(request, _ranks):
+    """Processes that are the ranks of groups of 1 to 4: on CPUs with gloo, in tests marked gpu with NCCL."""
+    return _ranks["nccl" if request.node.get_closest_marker("gpu") else "gloo"]
 
 
 def pytest_collection_modifyitems(items):

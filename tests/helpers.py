@@ -27,6 +27,9 @@ OPTIONS = {
     },
 }
 
+# Of a number in each dtype: half a unit in its last place. The interpreter does not round to bfloat16 but cuts off.
+ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-7, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
 
 def problem(N, K, options, *, probabilities=False, spread=3.0, seed=0, dtype=torch.float32):
     """Logits, target and the options with their class weights."""
@@ -80,16 +83,38 @@ def truth(logits, target, *, upstream=None, **options):
 
 
 def assert_within_bounds(logits, target, backend, *, recompute=None, **options):
-    """The bounds of float32: each row's H and S to 2e-6 (H + S) + 3e-7, its gradient to 5e-6 of its norm + 3e-7."""
+    """The bounds of float32 for each row and its gradient."""
     rows = {**options, "reduction": "none"}
-    loss, parts, gradient = loss_and_gradient(logits, target, backend=backend, recompute=recompute, **rows)
-    true_loss, true_parts, true_gradient = truth(logits, target, **rows)
-    size = true_parts.cross_entropy.abs() + true_parts.regularizer.abs()
+    found = loss_and_gradient(logits, target, backend=backend, recompute=recompute, **rows)
+    assert_found_within_bounds(found, logits, target, **rows)
+
+
+def assert_found_within_bounds(found, logits, target, *, upstream=None, **options):
+    """Of loss, parts and gradient: H and S to 2e-6 (H + S) + 3e-7 a row, its gradient to 5e-6 of its norm + 3e-7.
+
+    Reduced, they are held to the sum over the rows; half precision gradients to a rounding more.
+    """
+    loss, parts, gradient = found
+    true_loss, true_parts, true_gradient = truth(logits, target, upstream=upstream, **options)
+    size, z_loss, rows = true_parts.cross_entropy.abs() + true_parts.regularizer.abs(), true_parts.z_loss, 1
+    scale = 1.0 if upstream is None else upstream.abs()
+    reduction = options.get("reduction", "mean")
+    if reduction != "none":
+        _, each, _ = truth(logits, target, **options | {"reduction": "none"})
+        size, rows = (each.cross_entropy.abs() + each.regularizer.abs()).sum(), len(logits)
+    if reduction == "mean":
+        counted = torch.ones(rows)
+        if not target.is_floating_point():
+            counted = reference.sample_weights(target, options.get("weight"), options.get("ignore_index", -100))
+        factor = 1 / counted.double().sum()
+        size, rows, scale = size * factor, rows * factor, scale * factor
     for part, true_part in zip(parts[:2], true_parts[:2], strict=True):
-        assert ((part.double() - true_part).abs() <= 2e-6 * size + 3e-7).all(), (part - true_part).abs().max()
-    assert ((loss.double() - true_loss).abs() <= 5e-6 * (size + true_parts.z_loss) + 1e-6).all()
+        assert ((part.double() - true_part).abs() <= 2e-6 * size + 3e-7 * rows).all(), (part - true_part).abs().max()
+    assert ((loss.double() - true_loss).abs() <= 5e-6 * (size + z_loss) + 1e-6 * rows).all()
     error, norm = (gradient.double() - true_gradient).norm(dim=1), true_gradient.norm(dim=1)
-    assert (error <= 5e-6 * norm + 3e-7).all(), (error / (5e-6 * norm + 3e-7)).max()
+    rounding = 0 if logits.dtype in (torch.float32, torch.float64) else 2 * ROUNDING[logits.dtype]  # or a cutting off
+    bound = (5e-6 + rounding) * norm + 3e-7 * scale
+    assert (error <= bound).all(), (error / bound).max()
 
 
 def mp_row(z, y, weight, omega, *, c, reg_weight, class_mean, label_smoothing, z_loss, softcap):
@@ -166,3 +191,30 @@ def linear_truth(input, linear_weight, linear_bias, target, *, upstream=None, **
     logits.retain_grad()
     loss.backward(torch.ones_like(loss) if upstream is None else upstream.reshape(loss.shape).double())
     return loss.detach(), parts, [leaf.grad for leaf in leaves], logits.grad
+
+
+def assert_linear_within_bounds(found, tensors, target, *, upstream=None, **options):
+    """The bounds of float32 for rows of logits and their gradients, carried through the products; then one rounding.
+
+    ``found`` are the loss, its parts, and the gradients of ``tensors``: input, W and b.
+    """
+    loss, parts, gradients = found
+    true_loss, true_parts, true_gradients, of_logits = linear_truth(*tensors, target, upstream=upstream, **options)
+    dtype = tensors[0].dtype
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    size = true_parts.cross_entropy.abs() + true_parts.regularizer.abs()
+    rows = len(of_logits) if options.get("reduction") == "sum" else 1
+    for ours, true in zip(parts[:2], true_parts[:2], strict=True):
+        assert ours.dtype == exact
+        assert ((ours.flatten() - true).abs() <= 2e-6 * size + 3e-7 * rows).all()
+    assert loss.dtype == exact
+    assert ((loss.flatten() - true_loss).abs() <= 5e-6 * (size + true_parts.z_loss) + 1e-6 * rows).all()
+    input, W, _ = (tensor.detach().double() for tensor in tensors)
+    x = input.reshape(-1, input.shape[-1])
+    row_error = 5e-6 * of_logits.norm(dim=1) + 3e-7 * of_logits.abs().max()
+    # The gradient of the logits is rounded, then that of the tensor; products in between sum in float32.
+    row_error = row_error + (ROUNDING[dtype] + 1e-6) * of_logits.norm(dim=1)
+    bounds = row_error.norm() * W.norm(2), row_error.norm() * x.norm(2), row_error.norm() * len(x) ** 0.5
+    for ours, true, bound in zip(gradients, true_gradients, bounds, strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - true).norm() <= bound + (ROUNDING[dtype] + 1e-6) * true.norm()

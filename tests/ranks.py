@@ -1,50 +1,68 @@
 """Processes that are the ranks of process groups: a function runs on all of them, and what it returns comes back."""
 
-import contextlib
 import datetime
+import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import socket
+import tempfile
 import time
 import traceback
+import warnings
+from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from sre_triton import checks, compiled
+
 TIMEOUT = 60  # seconds: what a test may take
 
-
-def _free_port():
-    with contextlib.closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+# Ranks are forked from a process that has imported PyTorch, which takes seconds, and done nothing with it.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["sre_triton", "torch.distributed", "torch._inductor"])
 
 
-def join(rank, num_ranks, port, kind, timeout=TIMEOUT):
-    """Makes this process a rank, on its own GPU if there is one for each."""
+def _join(rank, num_ranks, folder, kind, timeout=TIMEOUT):
+    """Makes this process a rank in the tests' surroundings (conftest.py), with a GPU of its own if the kind is nccl."""
+    for category in (DeprecationWarning, FutureWarning, UserWarning):
+        warnings.simplefilter("error", category)
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    checks._warned_of_many_classes = True
+    compiled._uncompiled.add("cpu")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if kind == "nccl":
         torch.cuda.set_device(rank)
         torch.set_default_device("cuda")
     dist.init_process_group(
         kind,
-        init_method=f"tcp://127.0.0.1:{port}",
+        init_method=(Path(folder) / "store").as_uri(),
         rank=rank,
         world_size=num_ranks,
         timeout=datetime.timedelta(seconds=timeout),
     )
 
 
-def _serve(rank, num_ranks, port, kind, connection):
-    join(rank, num_ranks, port, kind)
+def on_cpu(value):
+    """Tensors, and what holds them, as they travel from one process to another."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, (list, tuple)):
+        items = map(on_cpu, value)
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def _serve(rank, num_ranks, folder, kind, connection):
+    _join(rank, num_ranks, folder, kind)
     groups = {size: dist.new_group(list(range(size))) for size in range(1, num_ranks + 1)}
     while True:
         message = connection.recv_bytes()
         try:
             function, size, args = pickle.loads(message)
-            answer = True, function(groups[size], *args)
+            answer = True, on_cpu(function(groups[size], *args))
         except BaseException:
             answer = False, traceback.format_exc()
         connection.send_bytes(pickle.dumps(answer))
@@ -53,15 +71,16 @@ def _serve(rank, num_ranks, port, kind, connection):
 class Ranks:
     """As many processes as the largest group needs; they live as long as the tests, or until one of them fails."""
 
-    def __init__(self, num_ranks, kind):
-        self.num_ranks, self.kind = num_ranks, kind
+    def __init__(self, num_ranks, kind, folder):
+        self.num_ranks, self.kind, self.folder = num_ranks, kind, folder
         self.connections, self.processes = [], []
 
     def _start(self):
-        context, port = multiprocessing.get_context("spawn"), _free_port()
+        folder = tempfile.mkdtemp(dir=self.folder)
         for rank in range(self.num_ranks):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.num_ranks, port, self.kind, there), daemon=True)
+            here, there = CONTEXT.Pipe()
+            args = rank, self.num_ranks, folder, self.kind, there
+            process = CONTEXT.Process(target=_serve, args=args, daemon=True)
             process.start()
             there.close()
             self.connections.append(here)
@@ -69,9 +88,11 @@ class Ranks:
 
     def run(self, size, function, *args):
         """``function(group, *args)`` on the first ranks; a list of what it returned on each."""
+        if size > self.num_ranks:
+            pytest.skip(f"needs {size} GPUs")
         if not self.processes:
             self._start()
-        message = pickle.dumps((function, size, args))
+        message = pickle.dumps((function, size, on_cpu(args)))
         for connection in self.connections[:size]:
             connection.send_bytes(message)
         deadline, answers = time.monotonic() + TIMEOUT, {}
@@ -98,38 +119,38 @@ class Ranks:
 
 
 def spawn(num_ranks, function, *args, timeout):
-    """``function(*args)`` on ranks of their own, where something is to go wrong: exit codes and what they returned.
+    """``function(rank, *args)`` on ranks of their own, where something is to go wrong.
 
-    ``timeout`` is the process group's.
+    ``timeout`` is the process group's. Returns, of those ranks that did not end before, seconds and what was returned
+    or raised.
     """
-    context = multiprocessing.get_context("spawn")
-    port, answers = _free_port(), context.Queue()
-    processes = [
-        context.Process(target=_run_once, args=(rank, num_ranks, port, timeout, answers, function, args), daemon=True)
-        for rank in range(num_ranks)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(TIMEOUT)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    results = {}
-    while not answers.empty():
-        rank, answer = answers.get()
-        results[rank] = answer
-    return codes, results
+    answers = {}
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for rank in range(num_ranks):
+            here, there = CONTEXT.Pipe()
+            given = rank, num_ranks, folder, timeout, there, function, args
+            processes.append((CONTEXT.Process(target=_run_once, args=given, daemon=True), here))
+            processes[-1][0].start()
+            there.close()
+        for rank, (process, connection) in enumerate(processes):
+            try:
+                if connection.poll(TIMEOUT):
+                    answers[rank] = connection.recv()
+            except EOFError:  # it has died
+                pass
+            process.join(TIMEOUT)
+            process.kill()
+    return answers
 
 
-def _run_once(rank, num_ranks, port, timeout, answers, function, args):
-    join(rank, num_ranks, port, "gloo", timeout)
+def _run_once(rank, num_ranks, folder, timeout, connection, function, args):
+    _join(rank, num_ranks, folder, "gloo", timeout)
     started = time.monotonic()
     try:
-        answer = function(*args)
+        answer = function(rank, *args)
     except Exception as error:
-        answer = error.__class__.__name__, str(error)
-    answers.put((rank, (time.monotonic() - started, answer)))
-    answers.close()
-    answers.join_thread()
+        answer = error
+    connection.send((time.monotonic() - started, answer))
+    connection.close()
     os._exit(0)  # without waiting for ranks that are gone

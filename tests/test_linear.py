@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import OPTIONS, linear_problem, linear_truth
+from helpers import OPTIONS, ROUNDING, assert_linear_within_bounds, linear_problem, linear_truth
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sre_triton import (
@@ -21,8 +21,6 @@ from sre_triton import (
 )
 
 N, D, K = 11, 16, 40
-# Of a number in each dtype: half a unit in its last place. The interpreter does not round to bfloat16 but cuts off.
-ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-7, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 all_chunks = pytest.mark.parametrize("chunk_rows", [None, 1, 4, 100], ids=str)
@@ -40,28 +38,9 @@ def loss_and_gradients(input, linear_weight, linear_bias, target, *, upstream=No
 
 
 def assert_equal_the_truth(tensors, target, *, upstream=None, **options):
-    """The bounds of float32 for rows of logits and their gradients, carried through the products; then one rounding."""
-    loss, parts, gradients = loss_and_gradients(*tensors, target, upstream=upstream, **options)
+    found = loss_and_gradients(*tensors, target, upstream=upstream, **options)
     options = {name: value for name, value in options.items() if name not in ("backend", "chunk_rows")}
-    true_loss, true_parts, true_gradients, of_logits = linear_truth(*tensors, target, upstream=upstream, **options)
-    dtype = tensors[0].dtype
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    size = true_parts.cross_entropy.abs() + true_parts.regularizer.abs()
-    rows = len(of_logits) if options.get("reduction") == "sum" else 1
-    for ours, true in zip(parts[:2], true_parts[:2], strict=True):
-        assert ours.dtype == exact
-        assert ((ours.flatten() - true).abs() <= 2e-6 * size + 3e-7 * rows).all()
-    assert loss.dtype == exact
-    assert ((loss.flatten() - true_loss).abs() <= 5e-6 * (size + true_parts.z_loss) + 1e-6 * rows).all()
-    input, W, _ = (tensor.detach().double() for tensor in tensors)
-    x = input.reshape(-1, input.shape[-1])
-    row_error = 5e-6 * of_logits.norm(dim=1) + 3e-7 * of_logits.abs().max()
-    # The gradient of the logits is rounded, then that of the tensor; products in between sum in float32.
-    row_error = row_error + (ROUNDING[dtype] + 1e-6) * of_logits.norm(dim=1)
-    bounds = row_error.norm() * W.norm(2), row_error.norm() * x.norm(2), row_error.norm() * len(x) ** 0.5
-    for ours, true, bound in zip(gradients, true_gradients, bounds, strict=True):
-        assert ours.dtype == dtype
-        assert (ours.double() - true).norm() <= bound + (ROUNDING[dtype] + 1e-6) * true.norm()
+    assert_linear_within_bounds(found, tensors, target, upstream=upstream, **options)
 
 
 # -- the numbers ------------------------------------------------------------------------------------------------------
