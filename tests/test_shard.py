@@ -118,11 +118,10 @@ def test_every_dtype(dtype, probabilities, ranks, row_backend):
     if dtype == torch.float64 and row_backend == "triton":
         pytest.skip("refused")
     logits, target, options = problem(N, K, OPTIONS["all"], probabilities=probabilities, dtype=dtype)
-    for ends in (SPLITS["1"], SPLITS["2, uneven"]):
-        if len(ends) <= ranks.num_ranks:
-            for how in ({"recompute": False}, {"recompute": True}, {"inplace": True, "recompute": False}):
-                given = {"backend": row_backend, **how}
-                assert_is_of_one_rank(ranks, ends, logits, target, options | {"reduction": "sum"}, **given)
+    ends = SPLITS["2, uneven"] if ranks.num_ranks > 1 else SPLITS["1"]
+    for how in ({"recompute": True}, {"recompute": False, "inplace": True}):
+        given = options | {"reduction": "sum"}
+        assert_is_of_one_rank(ranks, ends, logits, target, given, backend=row_backend, **how)
 
 
 @pytest.mark.parametrize("name", ["default", "all"])
@@ -354,7 +353,7 @@ def test_other_calls_are_errors_on_every_rank(what, ranks):
 def test_on_a_gpu_they_are_nan(what, ranks):
     for loss, gradient in ranks.run(3, otherwise, DIFFERENCES[what][0], ()):
         assert loss.isnan()
-        assert gradient.isnan().all()
+        assert gradient.isnan().all(1).sum() >= N - (what == "ignore_index")  # a row that a rank ignores is 0
 
 
 def test_of_many_ranks_too(ranks):
