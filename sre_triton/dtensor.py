@@ -145,17 +145,20 @@ def of_linear(
     if linear_bias is not None and (linear_bias.device_mesh, linear_bias.placements) != (mesh, placements):
         raise wrong_placements("linear_bias", linear_bias, f"with linear_weight's placements, {placements}")
 
-    # Each rank's gradient of a parameter is of its own rows.
+    # Each rank's gradient of a parameter is of its own rows. All that redistribute does is to sum them, in backward.
     gradients = [
         Partial() if row_dim is not None else placement for row_dim, placement in zip(row_dims, placements, strict=True)
     ]
+    parameters = (
+        None if tensor is None else tensor.redistribute(placements=placements).to_local(grad_placements=gradients)
+        for tensor in (linear_weight, linear_bias)
+    )
     local = input.to_local()
     shape, num_here = (*input.shape[:-1], linear_weight.shape[0]), linear_weight.to_local().shape[0]
     layout = _layout(mesh, dims, class_dim, shape, (*local.shape[:-1], num_here))
     return (
         local,
-        linear_weight.to_local(grad_placements=gradients),
-        None if linear_bias is None else linear_bias.to_local(grad_placements=gradients),
+        *parameters,
         layout.of_target(target),
         layout.of_weight(weight),
         shard,

@@ -197,7 +197,11 @@ def linear_self_regularized_entropy(
         z_loss: α >= 0; adds α lse².
         softcap: s > 0; the logits become s tanh(z / s) first.
         return_parts: also return :class:`Parts`.
-        shard: not available in this version; None.
+        shard: which classes the rows of linear_weight are of, where each rank of a process group has some
+            (:class:`VocabShard`): three collectives a chunk, of which the last sums the input's gradient over the
+            ranks; with ``reduction="none"`` the backward repeats them. ``target`` are the class indices among all
+            classes; ``weight`` and target probabilities are of the shard's classes or of all, as their shapes say.
+            DTensors need none.
         backend: who computes the loss of a chunk, ``"triton"``, ``"compile"`` or None, which chooses as
             :func:`self_regularized_entropy` does; ``"eager"`` is a plain linear layer and plain autograd.
 

@@ -184,7 +184,10 @@ def self_regularized_entropy(
             again in the backward. None is True for float16, whose small gradients vanish before a loss scaler reaches
             them, and for ``reduction="none"``; else False. "eager" keeps what autograd keeps.
         return_parts: also return :class:`Parts`.
-        shard: not available in this version; None.
+        shard: which classes the logits are of, where each rank of a process group has some (:class:`VocabShard`): two
+            collectives in the forward, none in the backward. ``target`` are the class indices among all classes.
+            ``weight`` and target probabilities are of the shard's classes or of all, as their shapes say. A DTensor
+            needs none.
         backend: ``"triton"`` (kernels for a GPU; on a CPU only in Triton's interpreter; not float64), ``"compile"``
             (``torch.compile``: one loop over the rows), ``"eager"`` (plain autograd, differentiable twice) or None,
             which chooses: ``"eager"`` where ``target`` or ``weight`` require a gradient and for ``torch.func``
