@@ -184,7 +184,7 @@ def linear_self_regularized_entropy(
         linear_bias: b (K,), or None.
         weight: class weights (K,).
         chunk_rows: how many rows make a chunk; the result depends on it by roundings alone. None is chosen so that a
-            chunk has at most 2^24 logits but 128 rows or more on a CPU (64 MiB in float32), 2^28 but 1024 rows or more
+            chunk has at most 2^24 logits but 512 rows or more on a CPU (64 MiB in float32), 2^28 but 1024 rows or more
             elsewhere (512 MiB in bfloat16), and chunks are about equal.
         c: the probability to which wrong classes are pushed, from 1e-30 to 1.
         reg_weight: λ, finite; a number or a 0-dim tensor, through which no gradient flows.

@@ -49,7 +49,7 @@ def whole(tensor):
 
 
 def on_mesh(_, mesh_shape, dims, logits, target, options, target_dims):
-    """Loss, parts and gradient, whole, and where they lay. Without target_dims, the target is a plain tensor."""
+    """Loss, parts and gradient, whole. Without target_dims, the target is a plain tensor."""
     mesh = mesh_of(mesh_shape)
     leaf = placed(logits, mesh, dims).requires_grad_()
     target = target.to(leaf.device)
@@ -59,18 +59,16 @@ def on_mesh(_, mesh_shape, dims, logits, target, options, target_dims):
     loss, parts = self_regularized_entropy(leaf, target, return_parts=True, **options)
     loss.sum().backward() if loss.dim() else loss.backward()
     assert leaf.grad.placements == leaf.placements
-    placements = loss.placements, leaf.grad.placements
-    return whole(loss), tuple(map(whole, parts)), whole(leaf.grad), placements
+    return whole(loss), tuple(map(whole, parts)), whole(leaf.grad)
 
 
 def assert_is_of_one_rank(ranks, mesh_shape, dims, logits, target, options, target_dims):
     answers = ranks.run(4, on_mesh, mesh_shape, dims, logits, target, options, target_dims)
-    for loss, parts, gradient, _ in answers:
+    for loss, parts, gradient in answers:
         found = [tensor.to(logits.device) for tensor in (loss, *parts, gradient)]
         found = found[0], Parts(*found[1:4]), found[4]
         upstream = torch.ones_like(found[0]) if options.get("reduction") == "none" else None
         assert_found_within_bounds(found, logits, target, upstream=upstream, **options)
-    return answers
 
 
 @layouts
@@ -208,7 +206,8 @@ def local_output(group):
     model = parallelize_module(Model(), mesh_of((4,)), {"output": ColwiseParallel(input_layouts=Replicate())})
     x, target = torch.randn(N, D), torch.randint(K, (N,))
     shard = VocabShard.from_dtensor(model.output.weight)
-    assert (shard.start, shard.stop) == (lambda even: (even.start, even.stop))(VocabShard.even(K, group))
+    even = VocabShard.even(K, group)
+    assert (shard.start, shard.stop) == (even.start, even.stop)
     self_regularized_entropy(model(x), target, shard=shard).backward()
     sharded = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters()]
     torch.manual_seed(0)
