@@ -199,16 +199,18 @@ def prediction(
     return {"bound": bound, "predicted_fraction_of_copy": f"{ideal / bounds[bound]:.2f}"}
 
 
-def table(target: str, *, kernels: tuple[str, ...] = KERNELS, options: bool = False) -> list[dict[str, object]]:
+def table(
+    target: str, *, kernels: tuple[str, ...] = KERNELS, classes: list[int] | None = None, options: bool = False
+) -> list[dict[str, object]]:
     """All rows."""
     if options:
         cases = [
-            (target, "row_loss_and_gradient", "bfloat16", num_classes, name)
-            for num_classes in OPTION_CLASSES
+            (target, "row_loss_and_gradient", "bfloat16", K, name)
+            for K in classes or OPTION_CLASSES
             for name in OPTIONS
         ]
     else:
-        cases = [(target, kernel, dtype, K) for kernel in kernels for dtype in DTYPES for K in CLASSES]
+        cases = [(target, kernel, dtype, K) for kernel in kernels for dtype in DTYPES for K in classes or CLASSES]
     with ProcessPoolExecutor() as pool:
         futures = [pool.submit(line, *case) for case in cases]
         rows = [future.result() for future in tqdm(futures, unit="kernel", disable=None)]
@@ -271,6 +273,7 @@ def main() -> None:
     """Compile, count, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=TARGETS, default=H100, help="default: %(default)s")
+    parser.add_argument("--classes", type=int, nargs="+", metavar="K", help="other numbers of classes")
     parser.add_argument("--options", action="store_true", help="a table of what the options cost")
     parser.add_argument("--against", type=Path, metavar="CSV", help="print predictions beside a sweep of sweep_k.py")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table as well")
@@ -282,7 +285,7 @@ def main() -> None:
     if args.against:
         against(table(args.target, kernels=("row_loss_and_gradient",)), args.against)
         return
-    rows = table(args.target, options=args.options)
+    rows = table(args.target, classes=args.classes, options=args.options)
     writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

@@ -93,7 +93,8 @@ def result_of(
 ) -> tuple[Tensor, Parts | None]:
     """The loss, without reduction in ``shape``, and its parts, if they are wanted."""
     if reduction == "none":
-        loss, losses = loss.reshape(shape), losses.reshape(NUM_LOSSES, *shape)
+        loss = loss if loss.shape == shape else loss.reshape(shape)  # FSDP2 warns of views
+        losses = losses.reshape(NUM_LOSSES, *shape)
     if not with_parts:
         return loss, None
     parts = losses[1:].contiguous() if reduction == "none" else losses[1:].sum(1) * factor

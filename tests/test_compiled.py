@@ -68,8 +68,9 @@ def test_sets_of_options_do_not_push_each_other_out(fresh, general):
         (dtype, probabilities, name)
         for dtype in (torch.float32, torch.bfloat16)
         for probabilities in (False, True)
-        for name in ("default", "weight+smoothing", "softcap")
+        for name in ("default", "softcap")
     ]
+    cases += [(torch.float32, False, "weight+smoothing")]  # one more than Dynamo keeps of a function's versions
     kept = {}
     for again in (False, True):
         for dtype, probabilities, name in cases:
@@ -316,7 +317,7 @@ class Losses(torch.utils.data.Dataset):
 if __name__ == "__main__":
     if {first}:
         self_regularized_entropy(torch.zeros(2, 32, requires_grad=True), torch.tensor([0, 1]))
-    batches = list(DataLoader(Losses(), num_workers=2, multiprocessing_context="{method}"))
+    batches = list(DataLoader(Losses(), num_workers=2, multiprocessing_context="fork"))
     expected = [loss_of(i) for i in range(4)]
     for (loss, gradient), (true_loss, true_gradient) in zip(batches, expected):
         torch.testing.assert_close(loss[0], true_loss)
@@ -325,11 +326,11 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("method", "first"), [("fork", True), ("fork", False), ("spawn", False)])
-def test_workers_of_a_data_loader(method, first, tmp_path):
+@pytest.mark.parametrize("first", [True, False])
+def test_workers_of_a_data_loader(first, tmp_path):
     # Compiled before the fork, or by each worker.
     script = tmp_path / "loader.py"
-    script.write_text(LOADER.format(method=method, first=first))
+    script.write_text(LOADER.format(first=first))
     out = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert out.stdout.strip() == "same", out.stderr
 

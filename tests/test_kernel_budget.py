@@ -25,9 +25,14 @@ def budget(*arguments):
     return list(csv.DictReader(result.stdout.splitlines()))
 
 
+# Of those in the tables, every way to hold a row; a whole table takes a minute.
+CLASSES = ("10", "1000", "16384", "21841", "50257", "262144")
+OPTION_CLASSES = ("1000", "50257", "300000")
+
+
 @pytest.fixture(scope="module")
 def table():
-    return budget()
+    return budget("--classes", *CLASSES)
 
 
 @pytest.fixture(autouse=True)
@@ -51,14 +56,15 @@ def test_budgets(table):
         more = 2 * (row["dtype"] == "float32") + 4 * (int(row["K"]) % 8 > 0) + 2 * (triton < (3, 8))
         instructions, special = {"resident": (31, 2.5), "cluster": (36, 2.5), "loop": (42, 5.5)}[row["path"]]
         assert float(row["instructions_per_lane"]) <= instructions + more, row
-        assert float(row["special_per_lane"]) <= special, row
+        # Triton 3.8 has a fifth more of them a lane in the float32 cluster of odd K.
+        assert float(row["special_per_lane"]) <= special + 0.2 * (triton < (3, 9)), row
 
 
-@pytest.mark.parametrize("name", ["sm_90", "sm_90_options"])
-def test_no_count_has_risen(name, table, request):
+@pytest.mark.parametrize(("name", "classes"), [("sm_90", CLASSES), ("sm_90_options", OPTION_CLASSES)])
+def test_no_count_has_risen(name, classes, table):
     with (PERF / "budgets" / f"{name}.csv").open(newline="") as file:
-        committed = {case(row): row for row in csv.DictReader(file)}
-    rows = table if name == "sm_90" else budget("--options")
+        committed = {case(row): row for row in csv.DictReader(file) if row["K"] in classes}
+    rows = table if name == "sm_90" else budget("--options", "--classes", *classes)
     if rows[0]["triton"].split(".")[:2] != next(iter(committed.values()))["triton"].split(".")[:2]:
         pytest.skip(f"the counts are of another Triton than {rows[0]['triton']}")
     assert {case(row) for row in rows} == set(committed)

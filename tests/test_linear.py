@@ -1,14 +1,11 @@
 """The linear layer and its loss: the plain path's numbers, in the memory of a chunk, and no work that nobody wants."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import OPTIONS, ROUNDING, assert_linear_within_bounds, linear_problem, linear_truth
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from sre_triton import (
     LinearSelfRegularizedEntropyLoss,
@@ -400,6 +397,8 @@ def test_compiled_in_float16(reduction, uncompiled):
 @pytest.mark.parametrize("name", ["default", "all"])
 def test_fullgraph_compile(name, reduction, row_backend):
     torch.compiler.reset()
+    from torch._dynamo.testing import CompileCounterWithBackend  # slow to import, and ranks import this file
+
     counter = CompileCounterWithBackend("aot_eager")
     options = {"reduction": reduction, "chunk_rows": 4, "backend": row_backend}
     compiled = torch.compile(
@@ -483,18 +482,6 @@ def test_tied_embeddings_receive_their_gradient_once(quick_backend):
     assert len(calls) == 1
 
 
-PARALLEL = """
-import sys, torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from sre_triton import LinearSelfRegularizedEntropyLoss, compiled
-
-wrap, reduction, rank, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-compiled._uncompiled.add("cpu")
-torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-torch.manual_seed(0)
 class Model(torch.nn.Module):
     def __init__(self, **options):
         super().__init__()
@@ -505,40 +492,33 @@ class Model(torch.nn.Module):
         return self.head(self.body(x), t).mean()
 
 
-model, alone = Model(reduction=reduction, chunk_rows=2), Model()
-alone.load_state_dict(model.state_dict())
-features, target = torch.randn(6, 8), torch.randint(21, (6,))
-alone(features, target).backward()
-if wrap == "ddp":
-    parallel = DistributedDataParallel(model)
-else:
-    mesh = init_device_mesh("cpu", (2,))
-    fully_shard(model.head, mesh=mesh)
-    parallel = fully_shard(model, mesh=mesh)
-mine = slice(3 * rank, 3 * rank + 3)
-parallel(features[mine], target[mine]).backward()
-for name, parameter in model.named_parameters():
-    gradient = parameter.grad
-    gradient = gradient if wrap == "ddp" else gradient.full_tensor()
-    torch.testing.assert_close(gradient, alone.get_parameter(name).grad)
-torch.distributed.destroy_process_group()
-print("equal")
-"""
+def data_parallel(group, wrap, reduction):
+    """Gradients of a model whose rows are shared by the ranks, and of the same model alone."""
+    torch.manual_seed(0)
+    model, alone = Model(reduction=reduction, chunk_rows=2), Model()
+    alone.load_state_dict(model.state_dict())
+    features, target = torch.randn(6, 8), torch.randint(21, (6,))
+    alone(features, target).backward()
+    if wrap == "ddp":
+        parallel = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
+    else:
+        from torch.distributed.fsdp import fully_shard  # slow to import
+
+        mesh = torch.distributed.device_mesh.DeviceMesh.from_group(group, features.device.type)
+        fully_shard(model.head, mesh=mesh)
+        parallel = fully_shard(model, mesh=mesh)
+    mine = slice(3 * group.rank(), 3 * group.rank() + 3)
+    parallel(features[mine], target[mine]).backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    gradients = gradients if wrap == "ddp" else [gradient.full_tensor() for gradient in gradients]
+    return gradients, [parameter.grad for parameter in alone.parameters()]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
-def test_data_parallel_on_two_ranks(wrap, reduction, tmp_path):
-    command = [sys.executable, "-c", PARALLEL, wrap, reduction]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        out, error = rank.communicate(timeout=120)
-        assert out.strip() == "equal", error
+def test_data_parallel_on_two_ranks(wrap, reduction, ranks):
+    for gradients, alone in ranks.run(2, data_parallel, wrap, reduction):
+        torch.testing.assert_close(gradients, alone)
 
 
 def test_meta_and_fake_tensors(row_backend):

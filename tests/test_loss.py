@@ -340,7 +340,8 @@ def test_fullgraph_compile(name, recompute, backend):
     torch.compiler.reset()
     logits, target, options = problem(6, 20, OPTIONS[name])
     options |= {"recompute": recompute, "backend": backend, "return_parts": True}
-    compiled = torch.compile(lambda z, t: self_regularized_entropy(z, t, **options), fullgraph=True)
+    compiler = "aot_eager" if recompute else "inductor"
+    compiled = torch.compile(lambda z, t: self_regularized_entropy(z, t, **options), fullgraph=True, backend=compiler)
     _, _, gradient = truth(logits, target, **{name: options[name] for name in options if name in OPTIONS["all"]})
     for dtype in (torch.float32, torch.bfloat16) if name == "default" else (torch.float32,):
         leaf = logits.detach().clone().to(dtype).requires_grad_()
@@ -505,16 +506,16 @@ def test_autocast(dtype, row_backend):
 
 
 def test_grad_scaler_saves_small_half_precision_gradients(row_backend):
-    logits, target, _ = problem(4096, 10, {}, spread=0.1)
+    logits, target, _ = problem(64, 10, {}, spread=0.1)
     scaler = torch.amp.GradScaler(logits.device.type, init_scale=2.0**16)
     weight = torch.eye(10).requires_grad_()
     with torch.autocast(logits.device.type, dtype=torch.float16):
-        loss = self_regularized_entropy(logits @ weight, target, backend=row_backend)
+        loss = self_regularized_entropy(logits @ weight, target, denominator=4096.0, backend=row_backend)
     optimizer = torch.optim.SGD([weight], lr=0.0)
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     expected = torch.eye(10, dtype=torch.float64).requires_grad_()
-    self_regularized_entropy(logits.double() @ expected, target).backward()
+    self_regularized_entropy(logits.double() @ expected, target, denominator=4096.0).backward()
     torch.testing.assert_close(weight.grad.double(), expected.grad, rtol=5e-3, atol=1e-4)
 
 
@@ -548,7 +549,7 @@ def test_data_parallel(wrap, tmp_path, uncompiled):
 
 
 def test_deterministic(quick_backend):
-    logits, target, options = problem(64, 300, OPTIONS["all"])
+    logits, target, options = problem(16, 300, OPTIONS["all"])
     first, second = (loss_and_gradient(logits, target, backend=quick_backend, **options) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[2], second[2])

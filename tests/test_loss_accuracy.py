@@ -90,7 +90,7 @@ def test_bounds_for_every_c(c, backend):
 @pytest.mark.parametrize("recompute", [False, True], ids=["single pass", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_gradients_are_rounded_once(dtype, recompute, probabilities, row_backend):
-    logits, target, options = problem(64, 300, {"class_mean": True}, probabilities=probabilities, dtype=dtype)
+    logits, target, options = problem(16, 300, {"class_mean": True}, probabilities=probabilities, dtype=dtype)
     loss, _, gradient = loss_and_gradient(logits, target, recompute=recompute, **options, backend=row_backend)
     wide_loss, _, wide_gradient = loss_and_gradient(logits.float(), target, **options, backend=row_backend)
     assert loss.dtype == torch.float32
@@ -113,11 +113,11 @@ def test_compiled_half_precision(dtype):
 
 
 def test_scale_is_applied_before_rounding(quick_backend):
-    # 1/N of a gradient of 1e-3 is below what float16 holds; times the loss scale it is not.
-    logits, target, _ = problem(4096, 10, {}, spread=0.1, dtype=torch.float16)
-    scale = torch.tensor(65536.0)
-    _, _, gradient = loss_and_gradient(logits, target, backend=quick_backend, upstream=scale)
-    _, _, true_gradient = truth(logits, target, upstream=scale.double())
+    # 1/65536 of a gradient is below what float16 holds; times the loss scale it is not.
+    logits, target, _ = problem(64, 10, {}, spread=0.1, dtype=torch.float16)
+    scale, options = torch.tensor(65536.0), {"denominator": 65536.0}
+    _, _, gradient = loss_and_gradient(logits, target, backend=quick_backend, upstream=scale, **options)
+    _, _, true_gradient = truth(logits, target, upstream=scale.double(), **options)
     torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-3, atol=1e-6)
     _, _, gradient = loss_and_gradient(logits, target, backend=quick_backend, denominator=1e-3, recompute=False)
     assert torch.isfinite(gradient).all()

@@ -158,8 +158,9 @@ def test_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, capsys, u
 
 def test_language_model_example(tmp_path):
     command = [sys.executable, ROOT / "examples" / "lm.py", "--device", "cpu", "--bf16", "--steps", "40"]
+    environment = {**os.environ, "CXX": "/nonexistent/compiler"}
     size = ["--layers", "1", "--features", "16", "--heads", "2", "--context", "16", "--batch", "4"]
-    out = subprocess.check_output([*command, *size], text=True, cwd=tmp_path)
+    out = subprocess.check_output([*command, *size], text=True, cwd=tmp_path, env=environment)
     rows = {line[:26].strip(): line[26:].split() for line in out.splitlines()}
     for name in ("cross entropy", "self-regularized entropy"):
         cross_entropy, perplexity, regularizer, _, peak, unit = rows[name]
@@ -174,12 +175,14 @@ def test_language_model_example(tmp_path):
 def test_linear_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, uncompiled):
     sys.path.insert(0, str(ROOT / "perf"))
     try:
-        import peers
         import sweep_linear
     finally:
         sys.path.pop(0)
-    reference = sweep_linear.REFERENCE
-    monkeypatch.setattr(peers, "LINEAR_PEERS", {reference: peers.LINEAR_PEERS[reference]})
+    fused, plain, reference = f"{sweep_linear.FUSED}, 64 rows", sweep_linear.PLAIN, sweep_linear.REFERENCE
+    field, _ = sweep_linear.contenders([64])
+    monkeypatch.setattr(
+        sweep_linear, "contenders", lambda _: ({name: field[name] for name in (fused, plain, reference)}, {})
+    )
     K, N, D = 5000, 2048, 8
     monkeypatch.setattr(sweep_linear, "QUICK", (D, [(K, N)]))
     arguments = ["sweep_linear.py", "--quick", "--device", "cpu", "--chunk-rows", "64", "--out", str(tmp_path)]
@@ -187,15 +190,67 @@ def test_linear_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, un
     sweep_linear.main()
     with (tmp_path / "sweep_linear.csv").open(newline="") as file:
         table = {row["contender"]: row for row in csv.DictReader(file)}
-    fused, plain = sweep_linear.FUSED, sweep_linear.PLAIN
-    assert set(table) == {fused, f"{fused}, 64 rows", plain, f"{plain} in place", reference}
+    assert set(table) == {fused, plain, reference}
     for row in table.values():
         assert float(row["quartile1_ms"]) <= float(row["median_ms"]) <= float(row["quartile3_ms"])
     logits = N * K * 4 / 1e6
     assert 1.5 * logits < float(table[plain]["peak_MB"]) < 3 * logits  # and their gradient
-    assert float(table[f"{fused}, 64 rows"]["peak_MB"]) < logits / 3
+    assert float(table[fused]["peak_MB"]) < logits / 3
     assert float(table[plain]["times_plain_peak"]) == 1
     assert (tmp_path / "linear.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensor_parallel_example():
+    script = ROOT / "examples" / "tensor_parallel.py"
+    plain, fused = re.findall(
+        r"^    torchrun (.*?)(?:  .*)?$", ast.get_docstring(ast.parse(script.read_text()), False), re.M
+    )
+    environment = {**os.environ, "CXX": "/nonexistent/compiler", "PET_STANDALONE": "1"}  # a free port
+    found = []
+    for arguments, ranks in ((plain, 2), (fused, 1)):
+        arguments = arguments.replace("node 2", f"node {ranks}").split()
+        command = [Path(sys.executable).with_name("torchrun"), *arguments, "--steps", "6"]
+        out = subprocess.check_output(command, text=True, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+        assert out.startswith(f"{ranks} ranks on ")
+        found.append([float(number) for number in re.search(r"H (\S+) -> ([\d.]+),", out).groups()])
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+    assert found[0][0] == pytest.approx(math.log(50257), abs=0.02)
+    assert found[0][1] < 10.6
+
+
+def test_shards_sweep_writes_its_table_and_its_picture(tmp_path):
+    command = [sys.executable, ROOT / "perf" / "sweep_shards.py", "--quick", "--device", "cpu", "--ranks", "1", "2"]
+    environment = {**os.environ, "CXX": "/nonexistent/compiler"}
+    subprocess.run([*command, "--out", tmp_path], check=True, env=environment, capture_output=True)
+    with (tmp_path / "sweep_shards.csv").open(newline="") as file:
+        table = {(row["scaling"], row["ranks"], row["contender"]): row for row in csv.DictReader(file)}
+    contenders = ("sre_triton", "F.cross_entropy, loss_parallel", "sre_triton, all logits on every rank")
+    cases = {(scaling, ranks, name) for scaling in ("strong", "weak") for ranks in "12" for name in contenders}
+    assert set(table) == cases | {(scaling, "1", "sre_triton, without shards") for scaling in ("strong", "weak")}
+    for (scaling, ranks, name), row in table.items():
+        N, K = int(row["N"]), int(row["K"])
+        assert K == 4096 if scaling == "strong" else 1024 * int(ranks)
+        assert float(row["quartile1_ms"]) <= float(row["median_ms"]) <= float(row["quartile3_ms"])
+        logits = 4 * N * K // int(ranks)
+        calls, nbytes = {
+            "sre_triton": (2, 4 * (8 + 4 * N + 2 * N)),
+            "F.cross_entropy, loss_parallel": (3, 4 * 3 * N),
+            "sre_triton, all logits on every rank": (1, logits) if ranks == "2" else (0, 0),
+            "sre_triton, without shards": (0, 0),
+        }[name]
+        assert (int(row["collectives"]), int(row["buffer_bytes"])) == (calls, nbytes)
+    # Of two ranks, each sends the other what it gathers, and half and half of what it reduces.
+    assert {int(row["ring_bytes"]) - int(row["buffer_bytes"]) for row in table.values() if row["ranks"] == "2"} == {0}
+    assert (tmp_path / "shards.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_derivation_of_a_million_classes_prints_its_table(capsys):
+    page = (ROOT / "docs" / "sharded_classes.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, {})
+    assert (
+        "".join(line for line in page.splitlines(keepends=True) if re.match(r"\| \d", line)) == capsys.readouterr().out
+    )
 
 
 def test_profile_shows_the_loop_and_the_faults(monkeypatch, capsys):

@@ -3,7 +3,9 @@
 import functools
 import itertools
 import os
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,9 @@ from sre_triton import (
     linear_self_regularized_entropy,
     self_regularized_entropy,
 )
+
+sys.path.append(str(Path(__file__).parents[1] / "perf"))
+from sweep_shards import collectives_of
 
 N, K, D = 9, 60, 16
 # The classes of each rank: even, uneven, none at all, in any order.
@@ -232,25 +237,11 @@ def test_with_reg_weight_0_it_is_cross_entropy(ranks):
 # -- the collectives --------------------------------------------------------------------------------------------------
 
 
-def collectives_of(step):
-    """Which collectives a step asks for, with the numbers of elements it sends."""
-    with torch.profiler.profile(record_shapes=True) as profile:
-        step()
-    sizes = []
-    for event in profile.events():
-        if event.name in ("c10d::allreduce_", "c10d::_allgather_base_"):
-            sent = event.input_shapes[0] if "reduce" in event.name else event.input_shapes[1]
-            sizes.append((event.name, sent))
-        else:
-            assert not event.name.startswith("c10d::"), event.name
-    return sizes
-
-
 def counted(group, options, recompute, linear):
     shard = VocabShard.even(K, group)
     logits = of_shard(problem(N, K, {})[0], shard, 1).requires_grad_()
     target = torch.arange(N)
-    losses, names = [], []
+    losses = []
     if linear:
         input, W, _, target, _ = linear_problem((N,), D, K, {})
         W = W[shard.start : shard.stop].detach().requires_grad_()
@@ -261,9 +252,7 @@ def counted(group, options, recompute, linear):
         else:
             losses.append(self_regularized_entropy(logits, target, shard=shard, recompute=recompute, **options))
 
-    names.append([name for name, _ in collectives_of(forward)])
-    names.append([name for name, _ in collectives_of(lambda: losses[0].sum().backward())])
-    return names
+    return collectives_of(forward), collectives_of(lambda: losses[0].sum().backward())
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -271,13 +260,16 @@ def counted(group, options, recompute, linear):
 def test_two_collectives_a_step_and_none_in_the_backward(recompute, reduction, ranks):
     for options in ({}, {"label_smoothing": 0.1, "weight": torch.ones(K)}):
         for forward, backward in ranks.run(3, counted, options | {"reduction": reduction}, recompute, False):
-            assert forward == ["c10d::_allgather_base_", "c10d::allreduce_"]
+            numbers = 8 + (5 if options else 4) * N, 2 * N  # in front of them what the ranks compare
+            assert forward == [("all_gather", 4 * numbers[0]), ("all_reduce", 4 * numbers[1])]
             assert backward == []
 
 
 def test_a_chunk_of_the_linear_loss_has_one_more(ranks):
     for forward, backward in ranks.run(2, counted, {"chunk_rows": 5}, None, True):
-        assert forward == 2 * ["c10d::_allgather_base_", "c10d::allreduce_", "c10d::allreduce_"]
+        for rows, calls in ((5, forward[:3]), (N - 5, forward[3:])):
+            numbers = {"all_gather": [8 + 4 * rows], "all_reduce": [2 * rows, D * rows]}  # the last is of the features
+            assert calls == [(name, 4 * n) for name in numbers for n in numbers[name]]
         assert backward == []
 
 
@@ -289,8 +281,10 @@ def test_many_ranks(name, probabilities, ranks):
         answers = ranks.run(len(ends), many_ranks(on_rank), ends, logits, target, options)
         found = *answers[0][:2], joined([gradient for _, _, gradient in answers], ends, 1)
         assert_found_within_bounds(found, logits, target, **options)
-    names = ranks.run(2, many_ranks(counted), {}, False, False)
-    assert names == 2 * [[3 * ["c10d::allreduce_"], []]]
+    numbers = 2 * 6 + N, 2 + 3 * N, 2 * N
+    for forward, backward in ranks.run(2, many_ranks(counted), {}, False, False):
+        assert forward == [("all_reduce", 4 * n) for n in numbers]
+        assert backward == []
 
 
 # -- what goes wrong --------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ SETTINGS = {
     "scalars": ("on the CPU", "on the GPU"),
     "rows": (3, 1, 16),
     "ignore_index": (-100, 1, 2**40),
+    "shard": (None, 5, 2**20),  # its first class
 }
 
 
@@ -83,6 +84,9 @@ def make(call: dict) -> None:
     options = options_of(**{name: call[name] for name in ("label_smoothing", "softcap", "ignore_index")})
     if call["scalars"] == "on the GPU":
         options = (*map(OnGpu, options[:2]), *options[2:])
+    first, parts_of_a_step = call["shard"], ("row_lse", "row_sums", "row_gradient")
+    if first is not None and call["primitive"] in parts_of_a_step:
+        options = (*options, first, first + K + 7)
     given = {
         "row_lse": (weight,),
         "row_sums": (stats[:5].contiguous(),),
