@@ -5,7 +5,7 @@ shards the embedding by rows and the layer by columns, so no rank ever has all l
 takes it as it takes a tensor. The text is that of lm.py.
 
     pip install 'sre_triton[lm]'
-    torchrun --nproc-per-node 2 examples/tensor_parallel.py              a minute and a half on two cores
+    torchrun --nproc-per-node 2 examples/tensor_parallel.py              40 seconds on two cores
     torchrun --nproc-per-node 2 examples/tensor_parallel.py --fused      the same without logits
 
 Where there are GPUs, each rank takes one. Prints H before and after; it is the same on any number of ranks, 1 included.

@@ -193,7 +193,7 @@ def plot(csv_path: Path, path: Path) -> None:
     first = table[0]
     cores = int(first["cores"]) if first["backend"] == "gloo" else math.inf
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(1, 3, figsize=(11, 4), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(11, 4.2), layout="constrained")
     for axes, scaling, title, key in (
         (panels[0], "strong", "Time, all ranks share {K} classes", "median_ms"),
         (panels[1], "weak", "Time, {K} classes a rank", "median_ms"),
@@ -213,18 +213,18 @@ def plot(csv_path: Path, path: Path) -> None:
         if key == "median_ms":
             alone = next(float(row[key]) for row in rows_of_case if row["contender"] == UNSHARDED)
             ideal = [alone / (ranks if scaling == "strong" else 1) for ranks in counts]
-            axes.plot(counts, ideal, color="0.4", ls=":", label="without shards, divided by the ranks")
-        if counts[-1] > cores:
-            axes.axvspan(cores * 1.02, counts[-1] * 1.1, color="0.95", lw=0, zorder=0)
-            axes.text(counts[-1], 0.99, f"more ranks\nthan cores ({cores})", transform=axes.get_xaxis_transform(),
-                      ha="right", va="top", fontsize=8, color="0.4")  # fmt: skip
+            axes.plot(counts, ideal, color="0.4", ls=":", label="ideal: without shards, shared by the ranks")
+            if counts[-1] > cores:
+                axes.axvspan(cores * 1.02, counts[-1] * 1.1, color="0.95", lw=0, zorder=0)
+                axes.text(cores * 1.06, 0.98, f"more ranks\nthan cores ({cores})", fontsize=8, color="0.4",
+                          transform=axes.get_xaxis_transform(), va="top")  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="ranks", ylabel="bytes" if key == "ring_bytes" else "milliseconds")
         axes.set_xticks(counts, counts)
         axes.minorticks_off()
         axes.grid(color="0.92", lw=0.6)
         axes.set_axisbelow(True)
         axes.set_title(title.format(K=K), loc="left", fontsize=10)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     machine = (first["device"], first["backend"], first["dtype"], f"N = {first['N']}", f"torch {first['torch']}")
     figure.suptitle("   ".join(machine), fontsize=8, color="0.4", x=0.995, ha="right")
     figure.savefig(path, dpi=160)
