@@ -33,12 +33,14 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
     chunks.py      a linear layer and its loss, a chunk of rows at a time
     linear.py      the public function for both together
     modules.py     the nn.Modules
+    schedule.py    how λ grows during training
 """
 
 from .linear import linear_self_regularized_entropy
 from .loss import self_regularized_entropy
 from .modules import LinearSelfRegularizedEntropyLoss, SelfRegularizedEntropyLoss
 from .reference import Parts
+from .schedule import ramp
 from .shard import VocabShard
 
 __version__ = "0.1.0"
@@ -49,5 +51,6 @@ __all__ = [
     "SelfRegularizedEntropyLoss",
     "VocabShard",
     "linear_self_regularized_entropy",
+    "ramp",
     "self_regularized_entropy",
 ]

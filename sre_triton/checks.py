@@ -54,6 +54,15 @@ def _check_scalar_tensor(argument: str, value: Tensor) -> None:
         raise _wrong(ValueError, argument, "a number or a real tensor of 0 dimensions", value)
 
 
+def check_reg_weight(value: object) -> None:
+    """λ, alone."""
+    if isinstance(value, Tensor):
+        _check_scalar_tensor("reg_weight", value)
+    else:
+        largest = sys.float_info.max
+        _check_number("reg_weight", value, -largest, largest, "a finite number or a tensor of 0 dimensions")
+
+
 def check_options(
     *,
     c,
@@ -75,10 +84,7 @@ def check_options(
     largest = sys.float_info.max
     # For smaller c, a probability divided by c leaves the range of float32.
     _check_number("c", c, 1e-30, 1.0, "a number from 1e-30 to 1")
-    if isinstance(reg_weight, Tensor):
-        _check_scalar_tensor("reg_weight", reg_weight)
-    else:
-        _check_number("reg_weight", reg_weight, -largest, largest, "a finite number or a tensor of 0 dimensions")
+    check_reg_weight(reg_weight)
     if not isinstance(ignore_index, (int, Integral)) or isinstance(ignore_index, bool):
         raise _wrong(TypeError, "ignore_index", "an int", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checks import check_chunk_rows, check_options
+from .checks import check_chunk_rows, check_many_classes, check_options, check_reg_weight
 from .linear import linear_self_regularized_entropy
 from .loss import self_regularized_entropy
 from .reference import Parts
@@ -20,24 +20,61 @@ def _defaults(function: Callable, *but: str) -> dict[str, object]:
 
 
 class _Loss(torch.nn.Module):
-    """Keeps the class weights as a buffer and the keywords of a function as attributes."""
+    """Keeps class weights and λ as buffers and the other keywords of a function as attributes.
+
+    λ is in memory of its own that never moves, but with the module, so that what was compiled or captured sees it
+    change; in float32, whatever becomes of the module; and not in the state, so that checkpoints of a model with
+    another loss load.
+    """
 
     _DEFAULTS: dict[str, object]
 
-    def _keep(self, arguments: dict[str, object]) -> None:
+    weight: Tensor | None
+    reg_weight: Tensor
+
+    def _keep(self, arguments: dict[str, object], device: torch.device | str | None = None) -> None:
+        options = {name: arguments[name] for name in self._DEFAULTS}
+        check_options(**{name: options[name] for name in options if name != "chunk_rows"})
+        reg_weight = options.pop("reg_weight")
         self.register_buffer("weight", arguments["weight"])
-        for name in self._DEFAULTS:
-            setattr(self, name, arguments[name])
+        for name, value in options.items():
+            setattr(self, name, value)
+        self._is_plain_sum = not isinstance(reg_weight, Tensor) and reg_weight == 1
+        if isinstance(reg_weight, Tensor):
+            reg_weight = reg_weight.detach().float()
+        else:
+            device = torch.get_default_device() if device is None else torch.device(device)
+            # A module on "meta" gets its parameters from a checkpoint, which does not have this.
+            device = "cpu" if device.type == "meta" else device
+            reg_weight = torch.tensor(float(reg_weight), dtype=torch.float32, device=device)
+        self.register_buffer("reg_weight", reg_weight, persistent=False)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name != "reg_weight" or name not in self.__dict__.get("_buffers", {}):
+            super().__setattr__(name, value)
+            return
+        check_reg_weight(value)
+        with torch.no_grad():
+            self.reg_weight.copy_(value) if isinstance(value, Tensor) else self.reg_weight.fill_(value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Loss":
+        reg_weight = self.reg_weight
+        super()._apply(fn, recurse)
+        self._buffers["reg_weight"] = reg_weight.to(self._buffers["reg_weight"].device)
+        return self
+
+    def _check_many_classes(self, num_classes: int) -> None:
+        if self._is_plain_sum and self.class_mean is None:
+            check_many_classes(num_classes if self.shard is None else self.shard.num_classes, 1)
 
     def _options(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in self._DEFAULTS}
 
     def extra_repr(self) -> str:
         """The options that are not the defaults."""
+        options = self._options() | {"reg_weight": round(self.reg_weight.item(), 6)}
         changed = (
-            item
-            for item in self._options().items()
-            if isinstance(item[1], Tensor) or item[1] != self._DEFAULTS[item[0]]
+            item for item in options.items() if isinstance(item[1], Tensor) or item[1] != self._DEFAULTS[item[0]]
         )
         return ", ".join(f"{name}={value!r}" for name, value in changed)
 
@@ -48,6 +85,9 @@ class SelfRegularizedEntropyLoss(_Loss):
     Args:
         weight: class weights (K,), kept as a buffer; the other arguments are kept as attributes of the same names,
             and each may be changed between steps.
+        reg_weight: a buffer as well, of 0 dimensions, float32 and not in the ``state_dict``. To set it, as a schedule
+            does at each step (:func:`sre_triton.ramp`), writes into it, which compiles and captures nothing again. A
+            float32 tensor that is given here is the buffer.
 
     Example:
         >>> criterion = SelfRegularizedEntropyLoss(class_mean=True)
@@ -78,11 +118,12 @@ class SelfRegularizedEntropyLoss(_Loss):
     ) -> None:
         super().__init__()
         self._keep(locals())
-        check_options(**self._options())
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Parts]:
         """The loss of logits (K,), (N, K) or (N, K, d1, ...) and class indices or probabilities."""
-        return self_regularized_entropy(input, target, self.weight, **self._options())
+        result = self_regularized_entropy(input, target, self.weight, **self._options())
+        self._check_many_classes(input.shape[min(1, input.dim() - 1)])
+        return result
 
 
 class LinearSelfRegularizedEntropyLoss(_Loss):
@@ -97,8 +138,8 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
         bias, device, dtype: of ``linear``, an ``nn.Linear(in_features, num_classes)``. To tie its weight to an
             embedding's, set ``module.linear.weight = embedding.weight``. With ``shard``, num_classes is K and
             ``linear`` has this rank's classes; or shard it with ``parallelize_module`` and ``ColwiseParallel``.
-        weight: class weights (K,), kept as a buffer; the other arguments are kept as attributes of the same names,
-            and each may be changed between steps.
+        weight, reg_weight: buffers, as those of :class:`SelfRegularizedEntropyLoss`; the other arguments are kept as
+            attributes of the same names, and each may be changed between steps.
 
     Example:
         >>> head = LinearSelfRegularizedEntropyLoss(64, 1000, class_mean=True)
@@ -132,10 +173,8 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self._keep(locals())
-        options = self._options()
-        check_chunk_rows(options.pop("chunk_rows"))
-        check_options(**options)
+        check_chunk_rows(chunk_rows)
+        self._keep(locals(), device)
         if shard is not None and shard.num_classes != num_classes:
             raise ValueError(f"shard: expected one of {num_classes} classes, as num_classes, got {shard}")
         num_here = num_classes if shard is None else shard.stop - shard.start
@@ -144,6 +183,8 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Parts]:
         """The loss of features (..., D) and class indices (...) or probabilities (..., K)."""
         linear = self.linear
-        return linear_self_regularized_entropy(
+        result = linear_self_regularized_entropy(
             input, linear.weight, target, linear_bias=linear.bias, weight=self.weight, **self._options()
         )
+        self._check_many_classes(linear.weight.shape[0])
+        return result

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch
 from sre_triton import (
     LinearSelfRegularizedEntropyLoss,
     SelfRegularizedEntropyLoss,
+    checks,
     linear_self_regularized_entropy,
+    ramp,
     self_regularized_entropy,
 )
 
@@ -87,6 +90,100 @@ def test_options_may_change_between_steps(row_backend):
         )
 
 
+@pytest.fixture(params=["plain", "linear"])
+def make(request):
+    """Either module, for 20 features or classes and 20 classes."""
+
+    def linear(**options):
+        torch.manual_seed(0)
+        return LinearSelfRegularizedEntropyLoss(20, 20, **options)
+
+    return SelfRegularizedEntropyLoss if request.param == "plain" else linear
+
+
+def test_reg_weight_is_a_buffer(make, uncompiled):
+    criterion = make(reg_weight=0.1)
+    buffer, address = criterion.reg_weight, criterion.reg_weight.data_ptr()
+    assert dict(criterion.named_buffers())["reg_weight"] is buffer
+    for value in (0.5, torch.tensor(0.25, dtype=torch.float64)):
+        criterion.reg_weight = value
+        assert criterion.reg_weight.data_ptr() == address
+        assert torch.equal(criterion(z, y), make(reg_weight=value)(z, y))
+    for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert torch.equal(other.reg_weight, torch.tensor(0.25))
+        assert other.reg_weight.data_ptr() != address
+    for convert in (criterion.half, criterion.bfloat16, criterion.double):
+        assert convert().reg_weight is buffer
+        assert buffer.dtype == torch.float32
+    assert criterion.to("meta").reg_weight.is_meta
+    given = torch.tensor(0.75, requires_grad=True)
+    criterion = make(reg_weight=given)
+    assert criterion.reg_weight.data_ptr() == given.data_ptr()
+    assert not criterion.reg_weight.requires_grad
+
+
+def test_checkpoints_do_not_have_reg_weight(make):
+    criterion = make(reg_weight=0.1)
+    state = criterion.state_dict()
+    assert set(state) <= {"linear.weight"}
+    with torch.device("meta"):
+        loaded = make(reg_weight=0.1)
+    loaded.to_empty(device="cpu")
+    loaded.load_state_dict(state, strict=True)
+    assert torch.equal(loaded(z, y), criterion(z, y))
+
+
+def test_errors_of_reg_weight(make):
+    message = "reg_weight: expected a finite number or a tensor of 0 dimensions, got "
+    criterion = make()
+    for value, error in ((float("nan"), ValueError), ("1", TypeError)):
+        for act in (
+            lambda value=value: make(reg_weight=value),
+            lambda value=value: setattr(criterion, "reg_weight", value),
+        ):
+            with pytest.raises(error) as raised:
+                act()
+            assert str(raised.value) == message + repr(value)
+    with pytest.raises(
+        ValueError, match=r"^reg_weight: expected a number or a real tensor of 0 dimensions, got a float32"
+    ):
+        criterion.reg_weight = torch.ones(1)
+
+
+def test_a_schedule_compiles_nothing_again(make):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch.compiler.reset()
+    criterion = make(reg_weight=0.0)
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(criterion, backend=counter, fullgraph=True)
+    losses = []
+    for i in range(5):
+        criterion.reg_weight = ramp(i, 4)
+        losses.append(step(z, y))
+        torch.testing.assert_close(losses[-1], criterion(z, y))
+    assert losses == sorted(losses, reverse=True)
+    assert counter.frame_count == 1
+
+
+def test_the_plain_sum_over_many_classes_warns(make, monkeypatch, uncompiled):
+    def run(reg_weight, **options):
+        monkeypatch.setattr(checks, "_warned_of_many_classes", False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if make is SelfRegularizedEntropyLoss:
+                make(reg_weight=reg_weight, **options)(torch.zeros(2, 256), torch.zeros(2, dtype=torch.long))
+            else:
+                module = LinearSelfRegularizedEntropyLoss(5, 256, reg_weight=reg_weight, **options)
+                module(torch.zeros(2, 5), torch.zeros(2, dtype=torch.long))
+        return [str(warning.message) for warning in caught]
+
+    (message,) = run(1.0)
+    assert "class_mean=True" in message
+    for silent in ({"reg_weight": 0.5}, {"reg_weight": torch.tensor(1.0)}, {"reg_weight": 1, "class_mean": False}):
+        assert run(**silent) == []
+
+
 def test_weight_is_a_buffer(uncompiled):
     weight = torch.rand(20)
     criterion = SelfRegularizedEntropyLoss(weight)
@@ -104,5 +201,5 @@ def test_copies_and_pickles(uncompiled):
 
 def test_repr_shows_what_is_not_default():
     assert repr(SelfRegularizedEntropyLoss()) == "SelfRegularizedEntropyLoss()"
-    criterion = SelfRegularizedEntropyLoss(class_mean=True, label_smoothing=0.1)
-    assert repr(criterion) == "SelfRegularizedEntropyLoss(class_mean=True, label_smoothing=0.1)"
+    criterion = SelfRegularizedEntropyLoss(reg_weight=0.3, class_mean=True)
+    assert repr(criterion) == "SelfRegularizedEntropyLoss(reg_weight=0.3, class_mean=True)"

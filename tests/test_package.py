@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import sre_triton
-from sre_triton import linear, loss, modules
+from sre_triton import linear, loss, modules, schedule
 
 ROOT = Path(__file__).parents[1]
 # Each file imports only from those before it.
@@ -44,6 +44,7 @@ ORDER = [
     "chunks",
     "linear",
     "modules",
+    "schedule",
 ]
 
 
@@ -68,6 +69,7 @@ def test_exports():
         "SelfRegularizedEntropyLoss",
         "VocabShard",
         "linear_self_regularized_entropy",
+        "ramp",
         "self_regularized_entropy",
     }
     assert all(getattr(sre_triton, name).__doc__ for name in sre_triton.__all__)
@@ -85,7 +87,7 @@ def test_imports_run_one_way():
                     assert ORDER.index(name) < ORDER.index(path.stem), f"{path.stem} imports {name}"
 
 
-@pytest.mark.parametrize("module", [loss, linear, modules], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [loss, linear, modules, schedule], ids=lambda module: module.__name__)
 def test_docstring_examples(module, uncompiled):
     result = doctest.testmod(module, extraglobs={"torch": torch, **vars(sre_triton)})
     assert result.attempted

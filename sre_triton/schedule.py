@@ -1,0 +1,48 @@
+"""A weight that grows during training, from nothing or next to it to 1."""
+
+import math
+
+SHAPES = {
+    "linear": lambda x: x,
+    "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
+    "sigmoid": lambda x: math.exp(-5 * (1 - x) ** 2),
+}
+
+
+def ramp(step: float, num_steps: float, shape: str = "linear") -> float:
+    r"""How much of a weight is to be there at a step: 1 from ``num_steps`` on.
+
+    For x = step / num_steps, from 0 to 1::
+
+        linear     x
+        cosine     (1 - cos π x) / 2
+        sigmoid    exp(-5 (1 - x)²), 0.0067 at the first step
+
+    Args:
+        step: where the training is: steps, or epochs that may be fractions.
+        num_steps: when the weight is to be all there, in the same unit.
+        shape: ``"linear"``, ``"cosine"`` or ``"sigmoid"``.
+
+    Raises:
+        TypeError, ValueError: ``step`` or ``num_steps`` is not a number of 0 or more, or ``shape`` is another.
+
+    Example:
+        >>> criterion = SelfRegularizedEntropyLoss(reg_weight=0.0, class_mean=True)
+        >>> for step in range(3):
+        ...     criterion.reg_weight = 0.1 * ramp(step, 2)  # compiles nothing again
+        ...     print(f"{criterion.reg_weight.item():.2f}")
+        0.00
+        0.05
+        0.10
+
+    Source: the page of the loss says that its later versions weigh S by a number that grows from 0 to 1. The sigmoid is
+    that of Laine and Aila, "Temporal Ensembling for Semi-Supervised Learning", ICLR 2017.
+    """
+    for argument, value in (("step", step), ("num_steps", num_steps)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{argument}: expected a number of 0 or more, got {value!r}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{argument}: expected a number of 0 or more, got {value!r}")
+    if shape not in SHAPES:
+        raise ValueError(f"shape: expected one of {', '.join(map(repr, SHAPES))}, got {shape!r}")
+    return SHAPES[shape](min(step / num_steps, 1.0)) if num_steps else 1.0
