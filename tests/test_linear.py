@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import OPTIONS, ROUNDING, assert_linear_within_bounds, linear_problem, linear_truth
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sre_triton import (
     LinearSelfRegularizedEntropyLoss,
@@ -397,8 +398,6 @@ def test_compiled_in_float16(reduction, uncompiled):
 @pytest.mark.parametrize("name", ["default", "all"])
 def test_fullgraph_compile(name, reduction, row_backend):
     torch.compiler.reset()
-    from torch._dynamo.testing import CompileCounterWithBackend  # slow to import, and ranks import this file
-
     counter = CompileCounterWithBackend("aot_eager")
     options = {"reduction": reduction, "chunk_rows": 4, "backend": row_backend}
     compiled = torch.compile(
@@ -480,45 +479,6 @@ def test_tied_embeddings_receive_their_gradient_once(quick_backend):
     self_regularized_entropy(logits.flatten(0, 1), labels.flatten(), backend="eager").backward()
     torch.testing.assert_close(embedding.weight.grad.double(), table.grad, rtol=1e-4, atol=1e-6)
     assert len(calls) == 1
-
-
-class Model(torch.nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        self.body = torch.nn.Linear(8, 8)
-        self.head = LinearSelfRegularizedEntropyLoss(8, 21, bias=True, **options)
-
-    def forward(self, x, t):
-        return self.head(self.body(x), t).mean()
-
-
-def data_parallel(group, wrap, reduction):
-    """Gradients of a model whose rows are shared by the ranks, and of the same model alone."""
-    torch.manual_seed(0)
-    model, alone = Model(reduction=reduction, chunk_rows=2), Model()
-    alone.load_state_dict(model.state_dict())
-    features, target = torch.randn(6, 8), torch.randint(21, (6,))
-    alone(features, target).backward()
-    if wrap == "ddp":
-        parallel = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
-    else:
-        from torch.distributed.fsdp import fully_shard  # slow to import
-
-        mesh = torch.distributed.device_mesh.DeviceMesh.from_group(group, features.device.type)
-        fully_shard(model.head, mesh=mesh)
-        parallel = fully_shard(model, mesh=mesh)
-    mine = slice(3 * group.rank(), 3 * group.rank() + 3)
-    parallel(features[mine], target[mine]).backward()
-    gradients = [parameter.grad for parameter in model.parameters()]
-    gradients = gradients if wrap == "ddp" else [gradient.full_tensor() for gradient in gradients]
-    return gradients, [parameter.grad for parameter in alone.parameters()]
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
-def test_data_parallel_on_two_ranks(wrap, reduction, ranks):
-    for gradients, alone in ranks.run(2, data_parallel, wrap, reduction):
-        torch.testing.assert_close(gradients, alone)
 
 
 def test_meta_and_fake_tensors(row_backend):

