@@ -137,13 +137,21 @@ def test_modes_are_not_compiled_for(fresh):
     assert compilations() == 2
 
 
+SHORT, LONG, HALF = (100, torch.float32), (2000, torch.float32), (100, torch.bfloat16)
+
+
+# Each with each of another kind once.
 @pytest.mark.parametrize(
-    ("num_classes", "dtype"),
-    [(100, torch.float32), (2000, torch.float32), (100, torch.bfloat16)],
-    ids=["short", "long", "bfloat16"],
+    ("name", "probabilities", "num_classes", "dtype"),
+    [
+        ("default", False, *SHORT),
+        ("default", True, *LONG),
+        ("default", False, *HALF),
+        ("all", True, *SHORT),
+        ("all", False, *LONG),
+        ("all", True, *HALF),
+    ],
 )
-@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
-@pytest.mark.parametrize("name", ["default", "all"])
 def test_all_loops_are_one_loop_over_the_rows(name, probabilities, num_classes, dtype, fresh):
     # Else the matrix crosses the memory bus, and is stored, several times over.
     torch.use_deterministic_algorithms(False)  # which makes several loops over the targets of one

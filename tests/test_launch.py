@@ -76,7 +76,7 @@ def test_rows_of_any_offset(device, on_triton):
 
 
 @pytest.mark.parametrize("K", [521, 525, 526, 1036, 8198, 8203])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_windows_longer_than_the_steps_of_a_walk(K, dtype, on_triton):
     # In some rows a window is a vector longer than in the others; with the ends of steps there, it has its own step.
     for num_classes in (K, K - K % 8 + 5):
@@ -183,9 +183,9 @@ def guarded(shape, dtype, pad=5):
 @both_targets
 @pytest.mark.parametrize("name", ["default", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("K", [1, 7, 100, 123, 1000, 9001])
+@pytest.mark.parametrize("K", [1, 7, 123, 1000, 9001])
 def test_nothing_outside_the_arguments_is_read_or_written(K, dtype, name, probabilities, launch, monkeypatch):
-    N = 5
+    N = 3
     values, target, keywords = problem(N, K, OPTIONS[name], probabilities=probabilities, dtype=dtype)
     options = options_of(**keywords)
     logits, logits_untouched = guarded((N, K), dtype)
