@@ -8,7 +8,7 @@ takes it as it takes a tensor. The text is that of lm.py.
     torchrun --nproc-per-node 2 examples/tensor_parallel.py              40 seconds on two cores
     torchrun --nproc-per-node 2 examples/tensor_parallel.py --fused      the same without logits
 
-Where there are GPUs, each rank takes one. Prints H before and after; it is the same on any number of ranks, 1 included.
+Where there are as many GPUs, each rank takes one. Prints H before and after: the same on any number of ranks, and on 1.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main() -> None:
         parser.error(f"--steps: expected 1 or more, got {args.steps}")
     if "RANK" not in os.environ:
         sys.exit("start it with: torchrun --nproc-per-node 2 examples/tensor_parallel.py")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]) else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     mesh = init_device_mesh(device, (int(os.environ["WORLD_SIZE"]),))

@@ -290,7 +290,7 @@ def main() -> None:
     if on_cpu and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
-    versions = sweep_k.versions_of(args.device) | {"cores": len(os.sched_getaffinity(0))}
+    versions = sweep_k.versions_of(args.device) | {"cores": os.cpu_count()}
     with tempfile.TemporaryDirectory() as temporary:
         store = (Path(temporary) / "store").as_uri()
         torch.multiprocessing.spawn(run, (args, versions, store, folder), max(args.ranks))

@@ -54,12 +54,11 @@ def _check_scalar_tensor(argument: str, value: Tensor) -> None:
         raise _wrong(ValueError, argument, "a number or a real tensor of 0 dimensions", value)
 
 
-def check_reg_weight(value: object) -> None:
+def check_reg_weight(value: object, largest: float = sys.float_info.max) -> None:
     """λ, alone."""
     if isinstance(value, Tensor):
         _check_scalar_tensor("reg_weight", value)
     else:
-        largest = sys.float_info.max
         _check_number("reg_weight", value, -largest, largest, "a finite number or a tensor of 0 dimensions")
 
 

@@ -1,16 +1,26 @@
 """The losses as ``nn.Module``."""
 
 import inspect
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .checks import check_chunk_rows, check_many_classes, check_options, check_reg_weight
+from .checks import (
+    MANY_CLASSES,
+    check_chunk_rows,
+    check_many_classes,
+    check_options,
+    check_reg_weight,
+    is_dtensor,
+)
 from .linear import linear_self_regularized_entropy
 from .loss import self_regularized_entropy
 from .reference import Parts
 from .shard import VocabShard
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 def _defaults(function: Callable, *but: str) -> dict[str, object]:
@@ -22,13 +32,12 @@ def _defaults(function: Callable, *but: str) -> dict[str, object]:
 class _Loss(torch.nn.Module):
     """Keeps class weights and λ as buffers and the other keywords of a function as attributes.
 
-    λ is in memory of its own that never moves, but with the module, so that what was compiled or captured sees it
-    change; in float32, whatever becomes of the module; and not in the state, so that checkpoints of a model with
-    another loss load.
+    λ is in memory of its own that moves with the module alone, so that whoever has this memory, a compiled graph or on
+    a GPU a captured one, sees it change; in float32, whatever becomes of the module; and not in the state, so that
+    checkpoints of a model with another loss load.
     """
 
     _DEFAULTS: dict[str, object]
-
     weight: Tensor | None
     reg_weight: Tensor
 
@@ -36,43 +45,64 @@ class _Loss(torch.nn.Module):
         options = {name: arguments[name] for name in self._DEFAULTS}
         check_options(**{name: options[name] for name in options if name != "chunk_rows"})
         reg_weight = options.pop("reg_weight")
+        check_reg_weight(reg_weight, LARGEST)
         self.register_buffer("weight", arguments["weight"])
         for name, value in options.items():
             setattr(self, name, value)
-        self._is_plain_sum = not isinstance(reg_weight, Tensor) and reg_weight == 1
         if isinstance(reg_weight, Tensor):
+            self._was_1, self._last_value = False, math.nan
             reg_weight = reg_weight.detach().float()
         else:
+            self._was_1, self._last_value = reg_weight == 1, float(reg_weight)
             device = torch.get_default_device() if device is None else torch.device(device)
             # A module on "meta" gets its parameters from a checkpoint, which does not have this.
             device = "cpu" if device.type == "meta" else device
-            reg_weight = torch.tensor(float(reg_weight), dtype=torch.float32, device=device)
+            reg_weight = torch.tensor(self._last_value, dtype=torch.float32, device=device)
         self.register_buffer("reg_weight", reg_weight, persistent=False)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name != "reg_weight" or name not in self.__dict__.get("_buffers", {}):
             super().__setattr__(name, value)
             return
-        check_reg_weight(value)
-        with torch.no_grad():
-            self.reg_weight.copy_(value) if isinstance(value, Tensor) else self.reg_weight.fill_(value)
+        check_reg_weight(value, LARGEST)
+        if isinstance(value, Tensor):
+            self._local_reg_weight().copy_(value.detach())
+            return
+        self._local_reg_weight().fill_(value)
+        self._was_1 |= value == 1
+
+    def _local_reg_weight(self) -> Tensor:
+        """It is a DTensor, the same on all ranks, where distribute_module made it one."""
+        return self.reg_weight.to_local() if is_dtensor(self.reg_weight) else self.reg_weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Loss":
         reg_weight = self.reg_weight
         super()._apply(fn, recurse)
-        self._buffers["reg_weight"] = reg_weight.to(self._buffers["reg_weight"].device)
+        moved = self._buffers["reg_weight"]
+        if moved.is_meta and not reg_weight.is_meta:
+            self._last_value = reg_weight.item()
+        if reg_weight.is_meta and not moved.is_meta:
+            moved = torch.full_like(moved, self._last_value, dtype=torch.float32)
+        else:
+            moved = reg_weight.to(moved.device)
+        self._buffers["reg_weight"] = moved
         return self
 
-    def _check_many_classes(self, num_classes: int) -> None:
-        if self._is_plain_sum and self.class_mean is None:
-            check_many_classes(num_classes if self.shard is None else self.shard.num_classes, 1)
-
     def _options(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in self._DEFAULTS}
+        return {name: getattr(self, name) for name in self._DEFAULTS} | {"reg_weight": self._local_reg_weight()}
+
+    def _check_many_classes(self, num_classes: int) -> None:
+        if self.class_mean is None:
+            num_classes = num_classes if self.shard is None else self.shard.num_classes
+            # In this order, so that nothing is compiled again when λ comes to 1 where it does not matter.
+            if num_classes >= MANY_CLASSES and self._was_1:
+                check_many_classes(num_classes, 1)
 
     def extra_repr(self) -> str:
         """The options that are not the defaults."""
-        options = self._options() | {"reg_weight": round(self.reg_weight.item(), 6)}
+        options = self._options()
+        value = self._last_value if self.reg_weight.is_meta else options["reg_weight"].item()
+        options["reg_weight"] = float(f"{value:.7g}")  # the digits of float32
         changed = (
             item for item in options.items() if isinstance(item[1], Tensor) or item[1] != self._DEFAULTS[item[0]]
         )
@@ -86,8 +116,9 @@ class SelfRegularizedEntropyLoss(_Loss):
         weight: class weights (K,), kept as a buffer; the other arguments are kept as attributes of the same names,
             and each may be changed between steps.
         reg_weight: a buffer as well, of 0 dimensions, float32 and not in the ``state_dict``. To set it, as a schedule
-            does at each step (:func:`sre_triton.ramp`), writes into it, which compiles and captures nothing again. A
-            float32 tensor that is given here is the buffer.
+            does at each step (:func:`sre_triton.ramp`), writes into it, which compiles nothing again. A float32 tensor
+            that is given here is the buffer, until the module moves; another is copied. On a GPU, move the module to
+            it as well: a CUDA graph sees λ change only there.
 
     Example:
         >>> criterion = SelfRegularizedEntropyLoss(class_mean=True)

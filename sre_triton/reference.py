@@ -138,7 +138,8 @@ def self_regularized_entropy(
         rows = rows / denominator
 
     if isinstance(reg_weight, Tensor):
-        reg_weight = reg_weight.detach().to(dtype)
+        # A copy, as a schedule may write into it before the backward.
+        reg_weight = reg_weight.detach().to(input.device, dtype, copy=True)
     cross_entropy, regularizer, z_penalty = rows
     loss = cross_entropy - reg_weight * regularizer + z_penalty
     return loss, Parts(*rows.detach())

@@ -1,6 +1,7 @@
 """A weight that grows during training, from nothing or next to it to 1."""
 
 import math
+from numbers import Real
 
 SHAPES = {
     "linear": lambda x: x,
@@ -39,7 +40,7 @@ def ramp(step: float, num_steps: float, shape: str = "linear") -> float:
     that of Laine and Aila, "Temporal Ensembling for Semi-Supervised Learning", ICLR 2017.
     """
     for argument, value in (("step", step), ("num_steps", num_steps)):
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(f"{argument}: expected a number of 0 or more, got {value!r}")
         if not 0 <= value < math.inf:
             raise ValueError(f"{argument}: expected a number of 0 or more, got {value!r}")

@@ -10,6 +10,7 @@ from helpers import OPTIONS, assert_found_within_bounds, linear_problem, loss_an
 from sre_triton import (
     LinearSelfRegularizedEntropyLoss,
     Parts,
+    SelfRegularizedEntropyLoss,
     VocabShard,
     linear_self_regularized_entropy,
     self_regularized_entropy,
@@ -302,6 +303,32 @@ def head_on_mesh(_):
 def test_the_head_in_parallelize_module(ranks):
     for alone, sharded in ranks.run(4, head_on_mesh):
         torch.testing.assert_close(sharded, alone)
+
+
+def distributed(_):
+    from torch.distributed.tensor import Replicate, distribute_module
+
+    line, (logits, target, _) = mesh_of((4,)), problem(N, K, {})
+    criterion = distribute_module(SelfRegularizedEntropyLoss(reg_weight=0.0), line)
+    head = distribute_module(LinearSelfRegularizedEntropyLoss(D, K, reg_weight=0.0), line)
+    assert criterion.reg_weight.placements == (Replicate(),)
+    for module in (criterion, head):
+        module.reg_weight = torch.tensor(7.0)
+        module.reg_weight = 0.5
+    weight, features = whole(head.linear.weight), torch.randn(N, D)
+    given = placed(features, line, (None,))
+    losses = [
+        criterion(logits, target),
+        whole(criterion(placed(logits, line, (1,)), target)),
+        whole(head(given, target)),
+    ]
+    alone = self_regularized_entropy(logits, target, reg_weight=0.5)
+    return losses, [alone, alone, linear_self_regularized_entropy(features, weight, target, reg_weight=0.5)]
+
+
+def test_distribute_module(ranks):
+    for losses, alone in ranks.run(4, distributed):
+        torch.testing.assert_close(losses, alone)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -140,8 +140,9 @@ def test_cuda_graph(recompute):
     for factor in (1.0, 0.5):
         with torch.no_grad():
             leaf.copy_(logits * factor)
+        criterion.reg_weight = 2 * factor
         graph.replay()
-        true_loss, _, true_gradient = truth(logits * factor, target, class_mean=True)
+        true_loss, _, true_gradient = truth(logits * factor, target, class_mean=True, reg_weight=2 * factor)
         torch.testing.assert_close(loss.double(), true_loss, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(leaf.grad.double(), true_gradient, rtol=1e-4, atol=1e-7)
 
@@ -187,8 +188,10 @@ def test_compiled_model(mode):
     layer = torch.nn.Linear(32, 1000)
     features, target = torch.randn(64, 32), torch.randint(1000, (64,))
 
+    criterion = SelfRegularizedEntropyLoss(class_mean=True)
+
     def loss(features):
-        return self_regularized_entropy(layer(features), target, class_mean=True)
+        return criterion(layer(features), target)
 
     loss(features).backward()
     expected = layer.weight.grad.clone()

@@ -56,8 +56,9 @@ def test_budgets(table):
         more = 2 * (row["dtype"] == "float32") + 4 * (int(row["K"]) % 8 > 0) + 2 * (triton < (3, 8))
         instructions, special = {"resident": (31, 2.5), "cluster": (36, 2.5), "loop": (42, 5.5)}[row["path"]]
         assert float(row["instructions_per_lane"]) <= instructions + more, row
-        # Triton 3.8 has a fifth more of them a lane in the float32 cluster of odd K.
-        assert float(row["special_per_lane"]) <= special + 0.2 * (triton < (3, 9)), row
+        # Triton 3.8 has a fifth of one more a lane in a float32 cluster of odd K.
+        special += 0.2 * (triton < (3, 9) and row["dtype"] == "float32" and int(row["K"]) % 2)
+        assert float(row["special_per_lane"]) <= special, row
 
 
 @pytest.mark.parametrize(("name", "classes"), [("sm_90", CLASSES), ("sm_90_options", OPTION_CLASSES)])

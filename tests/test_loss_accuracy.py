@@ -113,7 +113,7 @@ def test_compiled_half_precision(dtype):
 
 
 def test_scale_is_applied_before_rounding(quick_backend):
-    # 1/65536 of a gradient is below what float16 holds; times the loss scale it is not.
+    # Of 1/65536 of a gradient float16 holds a few bits; times the loss scale, all of its digits.
     logits, target, _ = problem(64, 10, {}, spread=0.1, dtype=torch.float16)
     scale, options = torch.tensor(65536.0), {"denominator": 65536.0}
     _, _, gradient = loss_and_gradient(logits, target, backend=quick_backend, upstream=scale, **options)

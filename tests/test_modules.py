@@ -115,7 +115,10 @@ def test_reg_weight_is_a_buffer(make, uncompiled):
     for convert in (criterion.half, criterion.bfloat16, criterion.double):
         assert convert().reg_weight is buffer
         assert buffer.dtype == torch.float32
-    assert criterion.to("meta").reg_weight.is_meta
+    meta = criterion.to("meta")
+    assert meta.reg_weight.is_meta
+    assert "reg_weight=0.25" in repr(meta)
+    assert torch.equal(meta.to_empty(device="cpu").reg_weight, torch.tensor(0.25))
     given = torch.tensor(0.75, requires_grad=True)
     criterion = make(reg_weight=given)
     assert criterion.reg_weight.data_ptr() == given.data_ptr()
@@ -136,7 +139,7 @@ def test_checkpoints_do_not_have_reg_weight(make):
 def test_errors_of_reg_weight(make):
     message = "reg_weight: expected a finite number or a tensor of 0 dimensions, got "
     criterion = make()
-    for value, error in ((float("nan"), ValueError), ("1", TypeError)):
+    for value, error in ((float("nan"), ValueError), (1e39, ValueError), ("1", TypeError)):
         for act in (
             lambda value=value: make(reg_weight=value),
             lambda value=value: setattr(criterion, "reg_weight", value),
@@ -148,6 +151,18 @@ def test_errors_of_reg_weight(make):
         ValueError, match=r"^reg_weight: expected a number or a real tensor of 0 dimensions, got a float32"
     ):
         criterion.reg_weight = torch.ones(1)
+
+
+def test_reg_weight_may_be_set_before_the_backward(make, quick_backend):
+    gradients = []
+    for changed in (False, True):
+        criterion, leaf = make(reg_weight=0.5, backend=quick_backend), z.clone().requires_grad_()
+        loss = criterion(leaf, y)
+        if changed:
+            criterion.reg_weight = 7.0
+        loss.backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
 
 
 def test_a_schedule_compiles_nothing_again(make):
@@ -180,6 +195,12 @@ def test_the_plain_sum_over_many_classes_warns(make, monkeypatch, uncompiled):
 
     (message,) = run(1.0)
     assert "class_mean=True" in message
+    monkeypatch.setattr(checks, "_warned_of_many_classes", False)
+    ramped = SelfRegularizedEntropyLoss(reg_weight=0.0)
+    ramped(torch.zeros(2, 256), torch.zeros(2, dtype=torch.long))
+    ramped.reg_weight = 1
+    with pytest.warns(UserWarning, match="class_mean=True"):
+        ramped(torch.zeros(2, 256), torch.zeros(2, dtype=torch.long))
     for silent in ({"reg_weight": 0.5}, {"reg_weight": torch.tensor(1.0)}, {"reg_weight": 1, "class_mean": False}):
         assert run(**silent) == []
 

@@ -208,7 +208,7 @@ def test_tensor_parallel_example(monkeypatch, capsys, uncompiled):
     plain, fused = (line.split("   ")[0].split() for line in re.findall(r"^    torchrun (.*)", docstring, re.MULTILINE))
     # Two ranks with their logits, as the docstring says; one without them, in this process.
     torchrun = Path(sys.executable).with_name("torchrun")
-    environment = {**os.environ, "CXX": "/nonexistent/compiler", "PET_STANDALONE": "1"}  # on a free port
+    environment = {**os.environ, "CXX": "/nonexistent/compiler", "PET_STANDALONE": "1", "CUDA_VISIBLE_DEVICES": ""}
     out = subprocess.check_output(
         [torchrun, *plain, "--steps", "5"], text=True, cwd=ROOT, env=environment, stderr=subprocess.PIPE
     )
@@ -224,6 +224,7 @@ def test_tensor_parallel_example(monkeypatch, capsys, uncompiled):
         "RANK": 0,
         "LOCAL_RANK": 0,
         "WORLD_SIZE": 1,
+        "LOCAL_WORLD_SIZE": 1,
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": port,
     }.items():
