@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that a GPU shows, in nine minutes: the tests, the sweeps in bf16 and fp32 beside the peers that are installed, the
-# predictions beside the measurements, and a short run under compute-sanitizer where that is there.
+# All that a GPU shows, in ten minutes: the tests, the sweeps in bf16 and fp32 beside the peers that are installed, the
+# predictions beside the measurements, what it costs to shard, and a short run under compute-sanitizer where that is there.
 #
 #     bash perf/gpu.sh [FOLDER]        results in FOLDER, by default perf/results/<device>
 #
@@ -22,6 +22,7 @@ nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem --format
 part tests 210 python -m pytest -m gpu -n 8 -q --durations=10
 part sweep_bfloat16 110 python perf/sweep_k.py --dtype bfloat16 --out "$folder"
 part sweep_float32 110 python perf/sweep_k.py --dtype float32 --out "$folder/float32"
+part sweep_shards 60 python perf/sweep_shards.py --out "$folder"
 part prediction_bfloat16 30 python perf/kernel_budget.py --against "$folder/sweep_k.csv"
 part prediction_float32 30 python perf/kernel_budget.py --against "$folder/float32/sweep_k.csv"
 if command -v compute-sanitizer > /dev/null; then

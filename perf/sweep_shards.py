@@ -131,7 +131,7 @@ def measure(args: argparse.Namespace, meshes: dict[int, object]) -> Iterator[lis
                     if rank >= ranks:
                         continue
                     step = steps[ranks][name]
-                    repeats = max(1, 2**24 // (N * classes[ranks])) if round_ >= 0 else 1
+                    repeats = max(1, args.logits // (N * classes[ranks])) if round_ >= 0 else 1
                     elapsed = sweep_k.seconds_of(step, args.device, repeats)
                     if round_ >= 0:
                         seconds[ranks, name].append(elapsed)
@@ -241,8 +241,22 @@ def show(table: list[dict[str, object]]) -> None:
         print("{:>10}{:>8}{:>7}{:>14}".format(*cells))
 
 
-def run(rank: int, args: argparse.Namespace, versions: dict[str, object], store: str, folder: Path) -> None:
-    """One rank; the first writes the table."""
+def sweep(args: argparse.Namespace, versions: dict[str, object], folder: Path) -> None:
+    """What each rank of the default process group does; the first writes the table."""
+    meshes = {}
+    for ranks in args.ranks:
+        group = dist.new_group(list(range(ranks)))
+        among_them = dist.get_rank() < ranks
+        meshes[ranks] = dist.device_mesh.DeviceMesh.from_group(group, args.device.type) if among_them else None
+    table = []
+    for rows in measure(args, meshes):  # an interrupted run leaves the cases it has done
+        table += rows
+        if dist.get_rank() == 0:
+            sweep_k.write_csv(table, versions, folder / "sweep_shards.csv")
+
+
+def run(rank: int, args: argparse.Namespace, versions: dict[str, object], folder: Path, store: str) -> None:
+    """A rank, in a process of its own."""
     torch.manual_seed(rank)
     on_cpu = args.device.type == "cpu"
     if on_cpu:
@@ -253,15 +267,7 @@ def run(rank: int, args: argparse.Namespace, versions: dict[str, object], store:
         "gloo" if on_cpu else "nccl", init_method=store, rank=rank, world_size=max(args.ranks),
         device_id=None if on_cpu else torch.device("cuda", rank),
     )  # fmt: skip
-    meshes = {}
-    for ranks in args.ranks:
-        group = dist.new_group(list(range(ranks)))
-        meshes[ranks] = dist.device_mesh.DeviceMesh.from_group(group, args.device.type) if rank < ranks else None
-    table = []
-    for rows in measure(args, meshes):  # an interrupted run leaves the cases it has done
-        table += rows
-        if rank == 0:
-            sweep_k.write_csv(table, versions, folder / "sweep_shards.csv")
+    sweep(args, versions, folder)
     dist.destroy_process_group()
 
 
@@ -278,7 +284,7 @@ def main() -> None:
     args.dtype_name = "float32" if on_cpu else "bfloat16"
     args.dtype = getattr(torch, args.dtype_name)
     args.cases = QUICK if args.quick else CASES[args.device.type]
-    args.rounds = QUICK_ROUNDS if args.quick else ROUNDS
+    args.rounds, args.logits = (QUICK_ROUNDS, 2**20) if args.quick else (ROUNDS, 2**24)  # at least, to be timed at once
     usual = CPU_RANKS if on_cpu else [2**i for i in range(torch.cuda.device_count().bit_length())]
     args.ranks = sorted({1, *(args.ranks or usual)})  # what the others are compared with is always there
     if args.ranks[0] < 1 or (not on_cpu and args.ranks[-1] > torch.cuda.device_count()):
@@ -293,7 +299,7 @@ def main() -> None:
     versions = sweep_k.versions_of(args.device) | {"cores": os.cpu_count()}
     with tempfile.TemporaryDirectory() as temporary:
         store = (Path(temporary) / "store").as_uri()
-        torch.multiprocessing.spawn(run, (args, versions, store, folder), max(args.ranks))
+        torch.multiprocessing.spawn(run, (args, versions, folder, store), max(args.ranks))
     with (folder / "sweep_shards.csv").open(newline="") as file:
         show(list(csv.DictReader(file)))
     plot(folder / "sweep_shards.csv", folder / "shards.png")

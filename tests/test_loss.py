@@ -67,11 +67,11 @@ def test_gradient_accumulation_equals_one_batch(quick_backend):
     target[[1, 2, 6]] = -100
     items = (target != -100).sum()
     _, _, whole = loss_and_gradient(logits, target, backend=quick_backend)
-    parts = [
-        loss_and_gradient(logits[i : i + 4], target[i : i + 4], denominator=items, backend=quick_backend)[2]
-        for i in (0, 4)
-    ]
-    torch.testing.assert_close(torch.cat(parts), whole)
+    for how in ({"denominator": items}, {"reduction": "sum", "upstream": 1 / items}):
+        parts = [
+            loss_and_gradient(logits[i : i + 4], target[i : i + 4], backend=quick_backend, **how)[2] for i in (0, 4)
+        ]
+        torch.testing.assert_close(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
