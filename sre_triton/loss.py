@@ -20,7 +20,7 @@ from .checks import (
     of_shard,
 )
 from .collectives import row_loss
-from .ops import NUM_LOSSES, is_watched
+from .ops import NUM_LOSSES, is_watched, needs_dispatch
 from .reference import Parts, compute_dtype, sample_weights
 from .shard import VocabShard
 
@@ -69,6 +69,9 @@ def scalars_of(c, reg_weight, per_class: float, backend: str, rows: Tensor) -> t
             return c, one * reg_weight * per_class
     else:
         c = float(c)
+        # What lies on the CPU is read: nothing is waited for, and operations on it would take 10 us.
+        if isinstance(reg_weight, Tensor) and reg_weight.is_cpu and not needs_dispatch(reg_weight, (reg_weight,)):
+            reg_weight = reg_weight.item()
         if not isinstance(reg_weight, Tensor):
             return c, float(reg_weight) * per_class
     device = c.device if isinstance(c, Tensor) else "cpu"
