@@ -70,6 +70,7 @@ class _Loss(torch.nn.Module):
             return
         self._local_reg_weight().fill_(value)
         self._was_1 |= value == 1
+        self._last_value = float(value)  # which "meta" does not keep
 
     def _local_reg_weight(self) -> Tensor:
         """It is a DTensor, the same on all ranks, where distribute_module made it one."""
@@ -80,7 +81,7 @@ class _Loss(torch.nn.Module):
         super()._apply(fn, recurse)
         moved = self._buffers["reg_weight"]
         if moved.is_meta and not reg_weight.is_meta:
-            self._last_value = reg_weight.item()
+            self._last_value = reg_weight.item()  # once, as the module gives up its memory
         if reg_weight.is_meta and not moved.is_meta:
             moved = torch.full_like(moved, self._last_value, dtype=torch.float32)
         else:
@@ -101,7 +102,7 @@ class _Loss(torch.nn.Module):
     def extra_repr(self) -> str:
         """The options that are not the defaults."""
         options = self._options()
-        value = self._last_value if self.reg_weight.is_meta else options["reg_weight"].item()
+        value = self._last_value if self.reg_weight.is_meta else options["reg_weight"].item()  # is to be read by people
         options["reg_weight"] = float(f"{value:.7g}")  # the digits of float32
         changed = (
             item for item in options.items() if isinstance(item[1], Tensor) or item[1] != self._DEFAULTS[item[0]]

@@ -119,6 +119,9 @@ def test_reg_weight_is_a_buffer(make, uncompiled):
     assert meta.reg_weight.is_meta
     assert "reg_weight=0.25" in repr(meta)
     assert torch.equal(meta.to_empty(device="cpu").reg_weight, torch.tensor(0.25))
+    meta = criterion.to("meta")
+    meta.reg_weight = 0.5
+    assert torch.equal(meta.to_empty(device="cpu").reg_weight, torch.tensor(0.5))
     given = torch.tensor(0.75, requires_grad=True)
     criterion = make(reg_weight=given)
     assert criterion.reg_weight.data_ptr() == given.data_ptr()
