@@ -51,6 +51,7 @@ def test_monitoring(capsys, uncompiled):
         [float(n) for n in re.findall(r" ([\d.e-]+)(?= |$)", " " + line)]
         for line in capsys.readouterr().out.splitlines()
     ]
+    assert numbers[0][-1] == 1e-3  # all classes are as probable, the right one too
     _, H, S, wrong_p = numbers[-1]
     assert H < 0.01  # the page's first reading: every wrong class is at c
     assert 0.69 < S <= 0.6932
