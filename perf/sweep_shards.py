@@ -66,7 +66,9 @@ def collectives_of(step: Step) -> list[tuple[str, int]]:
         step()
     calls = []
     for event in profile.profiler.kineto_results.events():
-        if re.match("(gloo|nccl):", event.name()) and event.device_type() == torch.autograd.DeviceType.CPU:
+        # A barrier before the step may still be seen, and has no shapes.
+        is_call = re.match("(gloo|nccl):(?!barrier)", event.name()) and event.shapes()
+        if is_call and event.device_type() == torch.autograd.DeviceType.CPU:
             name = event.name().split(":")[1].strip("_").removesuffix("_base")
             calls.append((name, math.prod(event.shapes()[0]) * BYTES[event.dtypes()[0]]))
     return calls
