@@ -13,6 +13,7 @@ from .checks import (
     check_many_classes,
     check_options,
     check_reg_weight,
+    check_weight,
     is_dtensor,
 )
 from .linear import linear_self_regularized_entropy
@@ -41,9 +42,14 @@ class _Loss(torch.nn.Module):
     weight: Tensor | None
     reg_weight: Tensor
 
+    @staticmethod
+    def _check(*, chunk_rows: int | None = None, **options: object) -> None:
+        check_chunk_rows(chunk_rows)
+        check_options(**options)
+
     def _keep(self, arguments: dict[str, object], device: torch.device | str | None = None) -> None:
         options = {name: arguments[name] for name in self._DEFAULTS}
-        check_options(**{name: options[name] for name in options if name != "chunk_rows"})
+        self._check(**options)
         reg_weight = options.pop("reg_weight")
         check_reg_weight(reg_weight, LARGEST)
         self.register_buffer("weight", arguments["weight"])
@@ -61,9 +67,17 @@ class _Loss(torch.nn.Module):
         self.register_buffer("reg_weight", reg_weight, persistent=False)
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name != "reg_weight" or name not in self.__dict__.get("_buffers", {}):
-            super().__setattr__(name, value)
+        kept = "reg_weight" in self.__dict__.get("_buffers", {})  # and what is set now comes after the constructor
+        if kept and name == "reg_weight":
+            self._set_reg_weight(value)
             return
+        if kept and name == "weight":
+            check_weight(value)
+        elif kept and name in self._DEFAULTS:
+            self._check(**self._options() | {name: value})  # with the others, as some exclude each other
+        super().__setattr__(name, value)
+
+    def _set_reg_weight(self, value: object) -> None:
         check_reg_weight(value, LARGEST)
         if isinstance(value, Tensor):
             self._local_reg_weight().copy_(value.detach())
@@ -205,7 +219,6 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_chunk_rows(chunk_rows)
         self._keep(locals(), device)
         if shard is not None and shard.num_classes != num_classes:
             raise ValueError(f"shard: expected one of {num_classes} classes, as num_classes, got {shard}")
