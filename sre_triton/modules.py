@@ -129,11 +129,12 @@ class SelfRegularizedEntropyLoss(_Loss):
 
     Args:
         weight: class weights (K,), kept as a buffer; the other arguments are kept as attributes of the same names,
-            and each may be changed between steps.
-        reg_weight: a buffer as well, of 0 dimensions, float32 and not in the ``state_dict``. To set it, as a schedule
-            does at each step (:func:`sre_triton.ramp`), writes into it, which compiles nothing again. A float32 tensor
-            that is given here is the buffer, until the module moves; another is copied. On a GPU, move the module to
-            it as well: a CUDA graph sees λ change only there.
+            and each may be changed between steps: it is checked when it is set, with the others as they then are.
+        reg_weight: a buffer as well, of 0 dimensions, float32 and not in the ``state_dict``: after loading, set it
+            again. To set it, as a schedule does at each step (:func:`sre_triton.ramp`), writes into it, which compiles
+            nothing again. Set it on this module, which DDP and other wrappers hold, not on the wrapper. A float32
+            tensor that is given here is the buffer, until the module moves; another is copied. On a GPU, move the
+            module to it as well: a CUDA graph sees λ change only there.
 
     Example:
         >>> criterion = SelfRegularizedEntropyLoss(class_mean=True)
