@@ -10,10 +10,10 @@ from torch import Tensor
 from .checks import (
     MANY_CLASSES,
     check_chunk_rows,
+    check_class_weights,
     check_many_classes,
     check_options,
     check_reg_weight,
-    check_weight,
     is_dtensor,
 )
 from .linear import linear_self_regularized_entropy
@@ -72,7 +72,7 @@ class _Loss(torch.nn.Module):
             self._set_reg_weight(value)
             return
         if kept and name == "weight":
-            check_weight(value)
+            check_class_weights(value)
         elif kept and name in self._DEFAULTS:
             self._check(**self._options() | {name: value})  # with the others, as some exclude each other
         super().__setattr__(name, value)

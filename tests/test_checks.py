@@ -162,7 +162,7 @@ def test_what_is_set_on_a_module_is_checked_there(make):
     module = make()
     others = [
         ({"shard": 3}, TypeError, "shard: expected a VocabShard or None, got 3"),
-        ({"weight": [1.0]}, TypeError, r"weight: expected a tensor or None, got \[1\.0\]"),
+        ({"weight": [1.0]}, TypeError, r"weight: expected a tensor of class weights or None, got \[1\.0\]"),
         ({"chunk_rows": -1}, ValueError, "chunk_rows: expected None or an int of at least 1, got -1"),
     ]
     for keywords, error, text in OPTIONS + others:

@@ -235,7 +235,7 @@ def test_transformers(tmp_path, monkeypatch, uncompiled):
     labels, model = torch.randint(300, (2, 16)), Llama(names["config"])
     with torch.no_grad():
         for outputs, head in ((model(labels), None), (model.model(labels), model.lm_head)):
-            assert torch.equal(*(names["loss"](outputs, labels, count, head) for count in (None, 30)))  # 2 texts of 15 labels
+            assert torch.equal(*(names["loss"](outputs, labels, n, head) for n in (None, 2 * 15)))
             for count in (torch.tensor(60), torch.tensor(60).expand(2, 1)):  # the latter is DataParallel's
                 assert torch.equal(*(names["loss"](outputs, labels, n, head) for n in (60, count)))
 
