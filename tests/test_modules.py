@@ -184,6 +184,21 @@ def test_a_schedule_compiles_nothing_again(make):
     assert counter.frame_count == 1
 
 
+def test_options_are_set_through_a_compiled_module(uncompiled):
+    torch.compiler.reset()
+    criterion = SelfRegularizedEntropyLoss()
+    step = torch.compile(criterion, backend="eager", fullgraph=True)
+    losses = [step(z, y)]
+    for name, value in (("reduction", "sum"), ("reg_weight", 0.25)):
+        setattr(step, name, value)
+        losses.append(step(z, y))
+        torch.testing.assert_close(losses[-1], criterion(z, y))
+    assert len(set(losses)) == 3
+    with pytest.raises(ValueError, match="^c: expected a number from 1e-30 to 1, got -5"):
+        step.c = -5
+    assert criterion.c == 1e-7
+
+
 def test_the_plain_sum_over_many_classes_warns(make, monkeypatch, uncompiled):
     def run(reg_weight, **options):
         monkeypatch.setattr(checks, "_warned_of_many_classes", False)
