@@ -11,6 +11,7 @@ The letters, everywhere in the code: N rows, K classes, D features of a linear l
 lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the weight of S, ε label smoothing, α z-loss.
 
     reference.py   the definition, in plain PyTorch
+    eager.py       the same in few operations, for plain autograd
     ops.py         the primitives' signatures, registered with PyTorch
     tiles.py       Triton: the mathematics of a tile of classes
     rows.py        Triton: the numbers of a row

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import eager
 from .autograd import DOUBLE_BACKWARD, apply, is_functional, reduced
 from .backend import choose, primitives
 from .checks import (
@@ -45,7 +45,7 @@ class LinearSinglePass(torch.autograd.Function):
         how = how._replace(early=how.dtype != torch.float16)
         tensors = input, linear_weight, linear_bias, target, weight, factor
         losses, *gradients, factor = linear_losses_and_gradients(*tensors, None, c, reg_weight, how)
-        return reduced(losses, factor, reduction, how.backend), losses, factor, *gradients
+        return reduced(losses[0], factor, reduction, how.backend), losses, factor, *gradients
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -94,7 +94,7 @@ class LinearRecompute(torch.autograd.Function):
         tensors = input, linear_weight, linear_bias, target, weight, factor
         how = how._replace(wanted=NO_GRADIENTS)
         losses, *_, factor = linear_losses_and_gradients(*tensors, None, c, reg_weight, how)
-        return reduced(losses, factor, reduction, how.backend), losses, factor
+        return reduced(losses[0], factor, reduction, how.backend), losses, factor
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -270,28 +270,6 @@ def linear_self_regularized_entropy(
     reduction, share = share_of(layout, reduction, denominator)
     if shard is not None:
         check_backend_of_shard(name)
-    if name == "eager":
-        if indices:
-            rows = torch.where((target == ignore_index).unsqueeze(1), 0, rows)
-        loss, parts = reference.self_regularized_entropy(
-            F.linear(rows, linear_weight, linear_bias),
-            target,
-            weight,
-            c=c,
-            reg_weight=reg_weight,
-            class_mean=bool(class_mean),
-            ignore_index=ignore_index,
-            reduction=reduction,
-            denominator=denominator,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-        )
-        if reduction == "none":
-            loss, parts = loss.reshape(shape), Parts(*(part.reshape(shape) for part in parts))
-        if share != 1:
-            loss, parts = share * loss, Parts(*(share * part for part in parts))
-        return returned(loss, parts, layout, reduction, return_parts)
 
     # Where the weights of some targets are in other shards, the sum of all comes with the numbers of the rows.
     divide = shard is not None and weight is not None and indices and reduction == "mean" and denominator is None
@@ -318,11 +296,17 @@ def linear_self_regularized_entropy(
     )
     scalars = scalars_of(c, reg_weight, per_class, name, rows)
 
-    if any(wanted) or is_transformed():
+    if name == "eager":
+        if indices and not none_ignored:
+            rows = torch.where((target == ignore_index).unsqueeze(1), 0, rows)
+        logits = F.linear(rows, linear_weight, linear_bias)
+        loss, losses = eager.row_loss(logits, target, weight, none_ignored, *scalars, *options)
+        loss = reduced(loss, factor, reduction, name)
+    elif any(wanted) or is_transformed():
         function = LinearSinglePass if any(wanted) and reduction != "none" else LinearRecompute
         loss, losses, factor, *_ = apply(function, *tensors, target, weight, factor, *scalars, reduction, how, count=3)
     else:
         losses, *_, factor = linear_losses_and_gradients(*tensors, target, weight, factor, None, *scalars, how)
-        loss = reduced(losses, factor, reduction, name)
+        loss = reduced(losses[0], factor, reduction, name)
     loss, parts = result_of(loss, losses, factor, per_class, reduction=reduction, shape=shape, with_parts=return_parts)
     return returned(loss, parts, layout, reduction, return_parts)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference
+from . import eager
 from .autograd import Recompute, SinglePass, apply, few_launches, reduced
 from .backend import choose, primitives
 from .checks import (
@@ -260,24 +260,6 @@ def self_regularized_entropy(
     reduction, share = share_of(layout, reduction, denominator)
     if shard is not None:
         check_backend_of_shard(name)
-    if name == "eager":
-        loss, parts = reference.self_regularized_entropy(
-            input,
-            target,
-            weight,
-            c=c,
-            reg_weight=reg_weight,
-            class_mean=bool(class_mean),
-            ignore_index=ignore_index,
-            reduction=reduction,
-            denominator=denominator,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-        )
-        if share != 1:
-            loss, parts = share * loss, Parts(*(share * part for part in parts))
-        return returned(loss, parts, layout, reduction, return_parts)
 
     rows = _as_rows(input)
     target = target.flatten() if indices else _as_rows(target)
@@ -301,7 +283,10 @@ def self_regularized_entropy(
             counted = (target != ignore_index) & (target >= 0) & (target < num_classes)
             factor = factor / torch.where(counted, stats[4], 0).sum()
 
-    if wants_gradient or is_transformed():
+    if name == "eager":
+        loss, losses = eager.row_loss(rows, target, weight, none_ignored, *options[:-2])  # without those of a shard
+        loss = reduced(loss, factor, reduction, name)
+    elif wants_gradient or is_transformed():
         inplace = inplace and wants_gradient and not is_watched() and _own_rows(rows)
         if not wants_gradient:
             recompute = True
@@ -312,7 +297,7 @@ def self_regularized_entropy(
     else:
         if shard is None:
             losses, _ = primitives(name).row_loss(rows, target, weight, *options)
-        loss = reduced(losses, factor, reduction, name)
+        loss = reduced(losses[0], factor, reduction, name)
     shape = input.shape[:dim] + input.shape[dim + 1 :]
     loss, parts = result_of(loss, losses, factor, per_class, reduction=reduction, shape=shape, with_parts=return_parts)
     return returned(loss, parts, layout, reduction, return_parts)
