@@ -313,6 +313,11 @@ ONCE = {
         "networks then learn little or nothing. Pass class_mean=True to divide it by K - 1, or class_mean=False to "
         "keep the sum and silence this."
     ),
+    "plain autograd": (
+        "target or weight requires a gradient, which only plain autograd gives: on a CPU it takes 10 to 30 times as "
+        "long. If that gradient is not wanted, as of a teacher's probabilities, pass target.detach() (or "
+        "weight.detach()); if it is, backend='eager' silences this."
+    ),
 }
 _warned: set[str] = set()  # of ONCE
 

@@ -4,8 +4,8 @@ With d = z - m, m the row's maximum, and t = log(p / c) = d - log sum exp d - lo
 
     h = softplus(n) - n sigmoid(n),   n = -|t|
 
-in which nothing cancels. A pass over N x K costs as much as any other, so what can be is one number a row: class indices
-pick their logit and their h, and no one-hot distribution is written.
+in which nothing cancels. A pass over N x K costs as much as any other, so what can be is one number a row: class
+indices pick their logit and their h, and no one-hot distribution is written.
 """
 
 import math

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from . import eager
 from .autograd import DOUBLE_BACKWARD, apply, is_functional, reduced
-from .backend import choose, primitives
+from .backend import primitives
 from .checks import (
-    check_backend_of_shard,
     check_linear,
     check_many_classes,
     check_options,
@@ -23,7 +22,7 @@ from .checks import (
     under_autocast,
 )
 from .chunks import How, linear_losses_and_gradients
-from .loss import factor_of, is_transformed, per_class_of, result_of, returned, scalars_of, share_of
+from .loss import backend_of, factor_of, is_transformed, per_class_of, result_of, returned, scalars_of, share_of
 from .reference import Parts
 from .shard import VocabShard
 
@@ -265,11 +264,8 @@ def linear_self_regularized_entropy(
     rows = input.reshape(-1, num_features)
     target = target.reshape(-1) if indices else target.reshape(rows.shape[0], num_here)
     per_class = per_class_of(class_mean, num_classes)
-    others = (tensor for tensor in (target, weight) if tensor is not None)
-    name = choose(backend, input, torch.is_grad_enabled() and any(tensor.requires_grad for tensor in others))
+    name = backend_of(backend, input, target, weight, shard)
     reduction, share = share_of(layout, reduction, denominator)
-    if shard is not None:
-        check_backend_of_shard(name)
 
     # Where the weights of some targets are in other shards, the sum of all comes with the numbers of the rows.
     divide = shard is not None and weight is not None and indices and reduction == "mean" and denominator is None

@@ -18,6 +18,7 @@ from .checks import (
     check_tensors,
     is_dtensor,
     of_shard,
+    warn_once,
 )
 from .collectives import row_loss
 from .ops import NUM_LOSSES, is_watched, needs_dispatch
@@ -103,6 +104,20 @@ def result_of(
     parts = losses[1:].contiguous() if reduction == "none" else losses[1:].sum(1) * factor
     cross_entropy, regularizer, z_penalty = parts.unbind()
     return loss, Parts(cross_entropy, regularizer * per_class, z_penalty)
+
+
+def backend_of(
+    backend: str | None, input: Tensor, target: Tensor, weight: Tensor | None, shard: VocabShard | None
+) -> str:
+    """Who computes. The user hears of it where a gradient that nobody may want makes it slow."""
+    others = (tensor for tensor in (target, weight) if tensor is not None)
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in others)
+    name = choose(backend, input, differentiable)
+    if shard is not None:
+        check_backend_of_shard(name)
+    if differentiable and backend is None:
+        warn_once("plain autograd")
+    return name
 
 
 def share_of(layout, reduction: str, denominator) -> tuple[str, float]:
@@ -194,8 +209,9 @@ def self_regularized_entropy(
             needs none.
         backend: ``"triton"`` (kernels for a GPU; on a CPU only in Triton's interpreter; not float64), ``"compile"``
             (``torch.compile``: one loop over the rows), ``"eager"`` (plain autograd, differentiable twice) or None,
-            which chooses: ``"eager"`` where ``target`` or ``weight`` require a gradient and for ``torch.func``
-            transforms inside ``torch.compile``, else ``"triton"`` on a GPU that has it, else ``"compile"``.
+            which chooses: ``"eager"``, slow, where ``target`` or ``weight`` require a gradient (detach what needs none)
+            and for ``torch.func`` transforms inside ``torch.compile``, else ``"triton"`` on a GPU that has it, else
+            ``"compile"``.
 
     Returns:
         The loss, float32 (float64 for float64 logits), a scalar or with ``reduction="none"`` one number a row; with
@@ -255,11 +271,8 @@ def self_regularized_entropy(
     if class_mean is None:
         check_many_classes(num_classes, reg_weight)
 
-    others = (tensor for tensor in (target, weight) if tensor is not None)
-    name = choose(backend, input, torch.is_grad_enabled() and any(tensor.requires_grad for tensor in others))
+    name = backend_of(backend, input, target, weight, shard)
     reduction, share = share_of(layout, reduction, denominator)
-    if shard is not None:
-        check_backend_of_shard(name)
 
     rows = _as_rows(input)
     target = target.flatten() if indices else _as_rows(target)

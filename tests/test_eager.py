@@ -8,7 +8,15 @@ from helpers import OPTIONS, problem
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sre_triton import checks, eager, linear_self_regularized_entropy, reference, self_regularized_entropy
+from sre_triton import (
+    LinearSelfRegularizedEntropyLoss,
+    SelfRegularizedEntropyLoss,
+    checks,
+    eager,
+    linear_self_regularized_entropy,
+    reference,
+    self_regularized_entropy,
+)
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 N, K = 4, 7
@@ -134,3 +142,36 @@ def test_is_few_passes_over_the_logits():
         return counter.count
 
     assert passes(lambda *a: ours(*a)[0]) <= passes(reference.source_formula)
+
+
+def test_says_once_that_a_gradient_to_the_target_is_slow(monkeypatch, uncompiled):
+    logits, target, _ = problem(N, K, {}, probabilities=True)
+    logits.requires_grad_()
+    W, wide = torch.ones(K, 3), torch.ones(N, 3)
+    teacher, weight = target.clone().requires_grad_(), torch.ones(K, requires_grad=True)
+
+    def said(call, *arguments, **options):
+        monkeypatch.setattr(checks, "_warned", {"many classes"})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                call(*arguments, **options)
+        for warning in caught:
+            assert warning.category is UserWarning
+            assert warning.filename == __file__
+        return ["target.detach()" in str(warning.message) for warning in caught]
+
+    torch.compiler.reset()
+    compiled = torch.compile(self_regularized_entropy, backend="aot_eager", fullgraph=True)
+    per_sample = torch.vmap(torch.func.grad(self_regularized_entropy, argnums=1))
+    for loss in (self_regularized_entropy, SelfRegularizedEntropyLoss(), compiled):
+        assert said(loss, logits, teacher) == [True]
+        assert said(loss, logits, teacher.detach()) == []
+    assert said(self_regularized_entropy, logits, target, weight) == [True]
+    assert said(linear_self_regularized_entropy, wide, W, teacher) == [True]
+    assert said(LinearSelfRegularizedEntropyLoss(3, K), wide, teacher) == [True]
+    assert said(per_sample, logits.detach(), target) == [True]
+    for loss in (self_regularized_entropy, compiled):
+        assert said(loss, logits, teacher, backend="eager") == []
+    with torch.no_grad():
+        assert said(self_regularized_entropy, logits, teacher) == []
