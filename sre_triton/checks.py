@@ -306,28 +306,34 @@ def check_inplace(input: Tensor) -> None:
             )
 
 
-_warned_of_many_classes = False
+# What is said once a process, where somebody would wonder about it.
+ONCE = {
+    "many classes": (
+        f"The regularizer S sums over the classes, and from K = {MANY_CLASSES} on it outweighs the cross entropy: "
+        "networks then learn little or nothing. Pass class_mean=True to divide it by K - 1, or class_mean=False to "
+        "keep the sum and silence this."
+    ),
+}
+_warned: set[str] = set()  # of ONCE
 
 
-def _warn_of_many_classes() -> None:
-    global _warned_of_many_classes
-    if not _warned_of_many_classes:
-        _warned_of_many_classes = True
-        warnings.warn(
-            f"The regularizer S sums over the classes, and from K = {MANY_CLASSES} on it outweighs the cross entropy: "
-            "networks then learn little or nothing. Pass class_mean=True to divide it by K - 1, or class_mean=False to "
-            "keep the sum and silence this.",
-            UserWarning,
-            stacklevel=4,
-        )
+def warn_once(what: str) -> None:
+    """Warn with a text of ``ONCE``, once a process, at the user's line."""
+    if what in _warned:
+        return
+    _warned.add(what)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("sre_triton.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(ONCE[what], UserWarning, stacklevel=level)
 
 
 # While compiling it runs once, as the graph is traced. (torch.compiler.assume_constant_result sets no more than this
 # attribute, but importing it loads Dynamo.)
-_warn_of_many_classes._dynamo_marked_constant = True
+warn_once._dynamo_marked_constant = True
 
 
 def check_many_classes(num_classes: int, reg_weight: float | Tensor) -> None:
     """Warn, once a process, where the plain sum over many classes drowns the cross entropy."""
     if num_classes >= MANY_CLASSES and not isinstance(reg_weight, Tensor) and reg_weight == 1:
-        _warn_of_many_classes()
+        warn_once("many classes")

@@ -101,7 +101,7 @@ def test_warns_once_of_many_classes(monkeypatch, uncompiled):
     target = torch.tensor([3])
 
     def warned(K, **keywords):
-        monkeypatch.setattr(checks, "_warned_of_many_classes", False)
+        monkeypatch.setattr(checks, "_warned", set())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):

@@ -186,7 +186,7 @@ def test_a_schedule_compiles_nothing_again(make):
 
 def test_the_plain_sum_over_many_classes_warns(make, monkeypatch, uncompiled):
     def run(reg_weight, **options):
-        monkeypatch.setattr(checks, "_warned_of_many_classes", False)
+        monkeypatch.setattr(checks, "_warned", set())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if make is SelfRegularizedEntropyLoss:
@@ -198,7 +198,7 @@ def test_the_plain_sum_over_many_classes_warns(make, monkeypatch, uncompiled):
 
     (message,) = run(1.0)
     assert "class_mean=True" in message
-    monkeypatch.setattr(checks, "_warned_of_many_classes", False)
+    monkeypatch.setattr(checks, "_warned", set())
     ramped = SelfRegularizedEntropyLoss(reg_weight=0.0)
     ramped(torch.zeros(2, 256), torch.zeros(2, dtype=torch.long))
     ramped.reg_weight = 1
