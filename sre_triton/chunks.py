@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .backend import primitives
 from .collectives import group_of, row_stats, sum_of_weights
-from .ops import NUM_LOSSES, OPTIONS, needs_dispatch, scalar_of
+from .ops import NUM_LOSSES, OPTIONS, hidden_from_modes, needs_dispatch, scalar_of
 from .reference import compute_dtype
 
 # Logits of a chunk, and the rows it has at least.
@@ -92,6 +92,7 @@ def _store(grad_input: Tensor, rows: slice | Tensor, total: Tensor, work: dist.W
     grad_input[rows] = total.to(grad_input.dtype)
 
 
+@hidden_from_modes
 def _compute(
     input: Tensor,
     linear_weight: Tensor,

@@ -23,6 +23,7 @@ from .checks import (
 )
 from .chunks import How, linear_losses_and_gradients
 from .loss import backend_of, factor_of, is_transformed, per_class_of, result_of, returned, scalars_of, share_of
+from .ops import hidden_from_modes
 from .reference import Parts
 from .shard import VocabShard
 
@@ -141,6 +142,7 @@ class _LinearGradients(torch.autograd.Function):
         raise RuntimeError(DOUBLE_BACKWARD)
 
 
+@hidden_from_modes
 def linear_self_regularized_entropy(
     input: Tensor,  # (..., D)
     linear_weight: Tensor,  # (K, D)
