@@ -5,6 +5,8 @@ together with the loss, and the backward hands them over. For ``"none"``, whose 
 backward computes everything again.
 """
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +26,7 @@ from .checks import (
 )
 from .chunks import How, linear_losses_and_gradients
 from .loss import factor_of, is_transformed, per_class_of, result_of, returned, scalars_of, share_of
+from .ops import is_watched
 from .reference import Parts
 from .shard import VocabShard
 
@@ -32,6 +35,21 @@ SECOND_BACKWARD = (
     "backward; pass reduction='none', which computes them in every backward, to run it through the same graph again"
 )
 NO_GRADIENTS = (False, False, False)
+
+
+def _is_asked_for(node: torch.autograd.graph.Node) -> bool:
+    """Whether the backward that runs goes on to a node."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # of a leaf whose gradient autograd.grad is to return, or in no backward at all
+        return True
+
+
+def _asked_for(ctx, wanted: tuple[bool, bool, bool]) -> tuple[bool, ...]:
+    """Which of the gradients the backward that runs is for: pipelines run one for the input's, another for the rest."""
+    if is_watched():
+        return wanted
+    return tuple(want and _is_asked_for(ctx.next_functions[i][0]) for i, want in enumerate(wanted))
 
 
 class LinearSinglePass(torch.autograd.Function):
@@ -51,7 +69,7 @@ class LinearSinglePass(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _, losses, factor, *gradients = output
         ctx.how = inputs[-1]
-        ctx.handed_over = False
+        ctx.handed_over = NO_GRADIENTS
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses, factor, *(gradients if torch.compiler.is_compiling() else ()))
         ctx.save_for_backward(factor, *gradients)
@@ -61,7 +79,8 @@ class LinearSinglePass(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         if not compiling and any(gradient is not None for gradient in grad_gradients):
             raise RuntimeError(DOUBLE_BACKWARD)
-        if not compiling and ctx.handed_over:
+        asked = _asked_for(ctx, ctx.how.wanted)
+        if not compiling and any(map(operator.and_, asked, ctx.handed_over)):
             raise RuntimeError(SECOND_BACKWARD)
         if grad_loss is None:
             return (None,) * 10
@@ -70,17 +89,20 @@ class LinearSinglePass(torch.autograd.Function):
             # Infinite where no row is counted, and all gradients are 0.
             grad_loss = grad_loss * torch.where(factor.isinf(), 0, factor)
         functional = compiling or is_functional(grad_loss)
+        handed_over = tuple(map(operator.or_, asked, ctx.handed_over))
+        # Autograd would not give the others any more if one of what it has saved had changed.
+        in_place = not functional and handed_over == ctx.how.wanted
         scaled = []
-        for gradient, wanted in zip(gradients, ctx.how.wanted, strict=True):
-            if not wanted:
+        for gradient, ask in zip(gradients, asked, strict=True):
+            if not ask:
                 scaled.append(None)
-            elif functional:
+            elif not in_place:
                 scaled.append(gradient * grad_loss)
             else:
                 rows = gradient.detach() if gradient.dim() == 2 else gradient.detach().unsqueeze(0)
                 scaled.append(primitives(ctx.how.backend).scale_gradient_(rows, grad_loss).view_as(gradient))
         if not functional:
-            ctx.handed_over = True
+            ctx.handed_over = handed_over
         return *scaled, *(None,) * 7
 
 
@@ -115,12 +137,13 @@ class LinearRecompute(torch.autograd.Function):
             number if saved is None else saved
             for saved, number in zip((saved_c, saved_reg_weight), ctx.scalars, strict=True)
         )
-        arguments = *tensors, grad_loss, c, reg_weight, ctx.how
+        asked = _asked_for(ctx, ctx.how.wanted)
+        arguments = *tensors, grad_loss, c, reg_weight, ctx.how._replace(wanted=asked)
         if torch.compiler.is_compiling():
             _, *gradients, _ = linear_losses_and_gradients(*arguments)
         else:
             _, *gradients, _ = apply(_LinearGradients, *arguments, count=3)
-        return *(g if wanted else None for g, wanted in zip(gradients, ctx.how.wanted, strict=True)), *(None,) * 7
+        return *(g if ask else None for g, ask in zip(gradients, asked, strict=True)), *(None,) * 7
 
 
 class _LinearGradients(torch.autograd.Function):

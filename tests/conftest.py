@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 from ranks import Ranks
 
-from sre_triton import checks, compiled
+from sre_triton import checks, compiled, layer
 
 torch.set_num_threads(1)  # The tests run in two processes.
 
@@ -26,8 +26,9 @@ def _poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def _warned(monkeypatch):
-    """The once-a-process warning is spent; tests of it set this back."""
+    """The once-a-process warnings are spent; tests of them set this back."""
     monkeypatch.setattr(checks, "_warned_of_many_classes", True)
+    monkeypatch.setattr(layer, "_warned_of_logits", True)
 
 
 @pytest.fixture

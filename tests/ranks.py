@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sre_triton import checks, compiled
+from sre_triton import checks, compiled, layer
 
 TIMEOUT = 60  # seconds: what a test may take
 
@@ -31,6 +31,7 @@ def _join(rank, num_ranks, folder, kind, timeout=TIMEOUT):
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     checks._warned_of_many_classes = True
+    layer._warned_of_logits = True
     compiled._uncompiled.add("cpu")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if kind == "nccl":
