@@ -1,6 +1,5 @@
 """The head's layer, whatever became of it: the loss and gradients of the plain pair, layer and loss."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
