@@ -8,6 +8,7 @@ modules, and those of ColwiseParallel, which say where features and logits lie.
 import functools
 import sys
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -39,22 +40,27 @@ def _is_multiplied(parameter: Tensor | None) -> bool:
     return plain and not hasattr(kind, "__tensor_flatten__")
 
 
-def _lies_columnwise(layer: torch.nn.Module) -> bool:
-    """Whether its hooks are those of ColwiseParallel, and no others."""
+def _closure(hook: Callable) -> dict[str, object]:
+    """What a hook of ``distribute_module`` keeps; nothing of another hook."""
+    if getattr(hook, "__module__", None) != "torch.distributed.tensor._api":
+        return {}
+    return {name: cell.cell_contents for name, cell in zip(hook.__code__.co_freevars, hook.__closure__, strict=True)}
+
+
+def _placed(layer: torch.nn.Module, input: Tensor) -> Tensor | None:
+    """The input as ColwiseParallel lays it out, if the hooks are that style's and no others."""
     style = sys.modules.get("torch.distributed.tensor.parallel.style")
     hooks = *layer._forward_pre_hooks.values(), *layer._forward_hooks.values()
     if style is None or len(hooks) != 2 or layer._backward_hooks or layer._backward_pre_hooks:
-        return False
+        return None
+    before, after = map(_closure, hooks)
+    place, give = before.get("input_fn"), after.get("output_fn")
+    if not (isinstance(place, functools.partial) and isinstance(give, functools.partial)):
+        return None
     colwise = style.ColwiseParallel
-    wanted = {"input_fn": colwise._prepare_input_fn, "output_fn": colwise._prepare_output_fn}
-    for hook, (name, function) in zip(hooks, wanted.items(), strict=True):
-        if getattr(hook, "__module__", None) != "torch.distributed.tensor._api":
-            return False
-        kept = hook.__code__.co_freevars
-        given = hook.__closure__[kept.index(name)].cell_contents if name in kept else None
-        if not isinstance(given, functools.partial) or given.func is not function:
-            return False
-    return True
+    if place.func is not colwise._prepare_input_fn or give.func is not colwise._prepare_output_fn:
+        return None
+    return place(layer, (input,), before["device_mesh"])
 
 
 def features_of(layer: torch.nn.Module, input: Tensor) -> Tensor | None:
@@ -73,10 +79,7 @@ def features_of(layer: torch.nn.Module, input: Tensor) -> Tensor | None:
             return None
     if not (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks):
         return input
-    if not _lies_columnwise(layer):
-        return None
-    (place,) = layer._forward_pre_hooks.values()
-    return place(layer, (input,))
+    return _placed(layer, input)
 
 
 _warned_of_logits = False

@@ -1,8 +1,8 @@
 """A linear layer and the loss together, without the logits in between: the public function and its autograd Functions.
 
 The two ways to the gradient are those of the loss itself. For ``"mean"`` and ``"sum"`` the gradients are computed
-together with the loss, and the backward hands them over. For ``"none"``, whose upstream gradient is a vector, the
-backward computes everything again.
+together with the loss, and the backward hands them over, each when it is asked for. For ``"none"``, whose upstream
+gradient is a vector, the backward computes what it is asked for again.
 """
 
 import operator
@@ -200,7 +200,8 @@ def linear_self_regularized_entropy(
 
     Args:
         input: features (..., D), in float16, bfloat16, float32 or float64; under autocast the logits have its dtype.
-        linear_weight: W (K, D), of the input's dtype, or of any but float64 under autocast.
+        linear_weight: W (K, D), of the input's dtype, or of any but float64 under autocast. A layer that does more than
+            multiply by its weight (an adapter, hooks) is for :class:`LinearSelfRegularizedEntropyLoss`, which calls it.
         target: class indices (int64 or uint8) of shape (...), or probabilities (..., K) in any floating dtype. For a
             language model shift the labels, ``labels.roll(-1, 1)`` with the last column set to ``ignore_index``: logits
             and features that are sliced must be copied.
@@ -237,8 +238,8 @@ def linear_self_regularized_entropy(
         TypeError, ValueError: an argument is of the wrong type, dtype, shape, device or range.
         IndexError: a class index on a CPU is out of range. On a GPU or inside ``torch.compile`` its row is NaN, and so
             are all gradients of parameters.
-        RuntimeError: in the backward, when it comes a second time (not with ``reduction="none"``) or is differentiated
-            itself (see ``backend``).
+        RuntimeError: in the backward, when a gradient is asked for a second time (not with ``reduction="none"``) or is
+            differentiated itself (see ``backend``).
 
     Example:
         >>> features = torch.randn(2, 16, 64, requires_grad=True)

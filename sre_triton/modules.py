@@ -162,8 +162,12 @@ class SelfRegularizedEntropyLoss(_Loss):
 class LinearSelfRegularizedEntropyLoss(_Loss):
     """A classifier's linear layer and its loss: :func:`sre_triton.linear_self_regularized_entropy` as a module.
 
-    It takes features and never makes all logits. ``module.linear(features)`` makes them, to predict with. (To shard it,
-    FSDP2 is to wrap this module or one around it, as its forward does not call that of ``linear``.)
+    It takes features and never makes all logits. ``module.linear(features)`` makes them, to predict with.
+
+    That is so while ``linear`` is a plain ``nn.Linear``, ``torch.nn.utils.parametrizations`` of its weight included.
+    Where it may be more (an adapter such as LoRA, a subclass with a forward of its own, hooks, a quantized weight,
+    FSDP2 around ``linear`` alone), the forward calls it once, and takes the loss of what it returns. Logits and their
+    gradient are then in memory, ``chunk_rows`` means nothing, and a warning says so once.
 
     Args:
         in_features: D.

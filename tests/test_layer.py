@@ -374,7 +374,7 @@ def test_a_lazy_layer_is_called_until_it_is_one(with_logits, uncompiled):
     assert with_logits == [N * K]
 
 
-@pytest.mark.parametrize("name", ["spectral_norm", "weight_norm", "parametrized"])
+@pytest.mark.parametrize("name", ["spectral_norm", "weight_norm"])
 def test_parametrized_under_the_users_compile(name, with_logits, uncompiled):
     torch.compiler.reset()
     head, plain = head_of(PLAIN[name]), head_of(PLAIN[name])
