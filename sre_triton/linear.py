@@ -49,7 +49,8 @@ def _asked_for(ctx, wanted: tuple[bool, bool, bool]) -> tuple[bool, ...]:
     """Which of the gradients the backward that runs is for: pipelines run one for the input's, another for the rest."""
     if is_watched():
         return wanted
-    return tuple(want and _is_asked_for(ctx.next_functions[i][0]) for i, want in enumerate(wanted))
+    edges = ctx.next_functions
+    return tuple(want and _is_asked_for(edges[i][0]) for i, want in enumerate(wanted))
 
 
 class LinearSinglePass(torch.autograd.Function):
