@@ -22,7 +22,7 @@ from torch import Tensor
 from .backend import primitives
 from .collectives import group_of, row_stats, sum_of_weights
 from .flops import count_flops
-from .ops import NUM_LOSSES, OPTIONS, needs_dispatch, scalar_of
+from .ops import NUM_LOSSES, OPTIONS, hidden_from_modes, needs_dispatch, scalar_of
 from .reference import compute_dtype
 
 # Logits of a chunk, and the rows it has at least.
@@ -93,6 +93,7 @@ def _store(grad_input: Tensor, rows: slice | Tensor, total: Tensor, work: dist.W
     grad_input[rows] = total.to(grad_input.dtype)
 
 
+@hidden_from_modes
 def _compute(
     input: Tensor,
     linear_weight: Tensor,

@@ -26,7 +26,7 @@ from .checks import (
 )
 from .chunks import How, linear_losses_and_gradients
 from .loss import factor_of, is_transformed, per_class_of, result_of, returned, scalars_of, share_of
-from .ops import is_watched
+from .ops import hidden_from_modes, is_watched
 from .reference import Parts
 from .shard import VocabShard
 
@@ -166,6 +166,7 @@ class _LinearGradients(torch.autograd.Function):
         raise RuntimeError(DOUBLE_BACKWARD)
 
 
+@hidden_from_modes
 def linear_self_regularized_entropy(
     input: Tensor,  # (..., D)
     linear_weight: Tensor,  # (K, D)

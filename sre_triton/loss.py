@@ -20,7 +20,7 @@ from .checks import (
     of_shard,
 )
 from .collectives import row_loss
-from .ops import NUM_LOSSES, is_watched, needs_dispatch
+from .ops import NUM_LOSSES, hidden_from_modes, is_watched, needs_dispatch
 from .reference import Parts, compute_dtype, sample_weights
 from .shard import VocabShard
 
@@ -127,6 +127,7 @@ def _own_rows(rows: Tensor) -> bool:
     return rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] and not rows.is_meta
 
 
+@hidden_from_modes
 def self_regularized_entropy(
     input: Tensor,  # (K,), (N, K) or (N, K, d1, ...)
     target: Tensor,  # class indices (), (N,) or (N, d1, ...), or probabilities shaped as input

@@ -103,6 +103,24 @@ def is_watched() -> bool:
     )
 
 
+def hidden_from_modes(function: Callable) -> Callable:
+    """The function, of which a ``TorchFunctionMode`` sees nothing unless it is called with ``backend="eager"``.
+
+    What is compiled cannot show itself to modes, and kernels have nothing to show. So that the same call has the same
+    result everywhere, the operations around them are not shown either. (A backward shows itself to no mode: PyTorch
+    has set them all aside by then.)
+    """
+
+    @functools.wraps(function)
+    def call(*args, **keywords):
+        if not torch._C._len_torch_function_stack() or keywords.get("backend") == "eager":
+            return function(*args, **keywords)
+        with torch._C.DisableTorchFunction():
+            return function(*args, **keywords)
+
+    return call
+
+
 def is_batched(tensor: object) -> bool:
     """Whether ``torch.autograd.grad(is_grads_batched=True)`` runs, whose tensors hide their batch dimension."""
     return isinstance(tensor, Tensor) and torch._C._functorch.is_legacy_batchedtensor(tensor)
@@ -160,6 +178,7 @@ def primitive(backend: str) -> Callable[[Callable], Callable]:
         name = function.__name__
         primitive = PRIMITIVES[name]
 
+        @hidden_from_modes
         def contiguous(*args):
             outs = function(*args)
             return outs.contiguous() if isinstance(outs, Tensor) else tuple(out.contiguous() for out in outs)

@@ -33,21 +33,22 @@ def counted(function, *tensors):
 @pytest.mark.parametrize("chunk_rows", [None, 5], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("wanted", [(a, b) for a in (0, 1) for b in (0, 1)], ids=str)
-def test_counts_the_products_that_are_done(wanted, reduction, chunk_rows, quick_backend):
+@pytest.mark.parametrize("backend", ["compile", "eager"])
+def test_counts_the_products_that_are_done(backend, wanted, reduction, chunk_rows, uncompiled):
     *tensors, target, _ = linear_problem((2, N // 2), D, K, {})
     x, W, b = (
         tensor.detach().requires_grad_(bool(want)) for tensor, want in zip(tensors, (*wanted, wanted[1]), strict=True)
     )
 
     def fused(x, W, b):
-        options = {"reduction": reduction, "chunk_rows": chunk_rows, "backend": quick_backend}
+        options = {"reduction": reduction, "chunk_rows": chunk_rows, "backend": backend}
         return linear_self_regularized_entropy(x, W, target, linear_bias=b, **options)
 
     def plain(x, W, b):
         logits = F.linear(x, W, b).flatten(0, 1)
         return self_regularized_entropy(logits, target.flatten(), reduction=reduction, backend="eager")
 
-    again = 2 * (reduction == "none" and any(wanted) and quick_backend != "eager")
+    again = 2 * (reduction == "none" and any(wanted) and backend != "eager")
     assert counted(plain, x, W, b) == 2 * (1 + sum(wanted))
     assert counted(fused, x, W, b) == 2 * (1 + sum(wanted)) + again
 
