@@ -29,8 +29,10 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
     collectives.py what the ranks tell each other
     dtensor.py     DTensors: what of them is here
     checks.py      user input -> errors that say what was expected and what came
+    layer.py       whether a layer is a product with its weight, and no more
     autograd.py    the two ways to the gradient
     loss.py        the public function
+    flops.py       what FlopCounterMode counts
     chunks.py      a linear layer and its loss, a chunk of rows at a time
     linear.py      the public function for both together
     modules.py     the nn.Modules

@@ -318,6 +318,11 @@ ONCE = {
         "long. If that gradient is not wanted, as of a teacher's probabilities, pass target.detach() (or "
         "weight.detach()); if it is, backend='eager' silences this."
     ),
+    "all logits": (
+        "linear: expected a plain nn.Linear without hooks; this one is called, as it may do more than multiply by its "
+        "weight. So all logits, N x K, and their gradient are in memory, and not a chunk of them. To go without them, "
+        "merge the adapter, remove the hooks, or use torch.nn.utils.parametrizations."
+    ),
 }
 _warned: set[str] = set()  # of ONCE
 

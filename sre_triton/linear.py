@@ -1,9 +1,11 @@
 """A linear layer and the loss together, without the logits in between: the public function and its autograd Functions.
 
 The two ways to the gradient are those of the loss itself. For ``"mean"`` and ``"sum"`` the gradients are computed
-together with the loss, and the backward hands them over. For ``"none"``, whose upstream gradient is a vector, the
-backward computes everything again.
+together with the loss, and the backward hands them over, each when it is asked for. For ``"none"``, whose upstream
+gradient is a vector, the backward computes what it is asked for again.
 """
+
+import operator
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ from .checks import (
 )
 from .chunks import How, linear_losses_and_gradients
 from .loss import backend_of, factor_of, is_transformed, per_class_of, result_of, returned, scalars_of, share_of
-from .ops import hidden_from_modes
+from .ops import hidden_from_modes, is_watched
 from .reference import Parts
 from .shard import VocabShard
 
@@ -32,6 +34,22 @@ SECOND_BACKWARD = (
     "backward; pass reduction='none', which computes them in every backward, to run it through the same graph again"
 )
 NO_GRADIENTS = (False, False, False)
+
+
+def _is_asked_for(node: torch.autograd.graph.Node) -> bool:
+    """Whether the backward that runs goes on to a node."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # of a leaf whose gradient autograd.grad is to return, or in no backward at all
+        return True
+
+
+def _asked_for(ctx, wanted: tuple[bool, bool, bool]) -> tuple[bool, ...]:
+    """Which of the gradients the backward that runs is for: pipelines run one for the input's, another for the rest."""
+    if is_watched():
+        return wanted
+    edges = ctx.next_functions
+    return tuple(want and _is_asked_for(edges[i][0]) for i, want in enumerate(wanted))
 
 
 class LinearSinglePass(torch.autograd.Function):
@@ -51,7 +69,7 @@ class LinearSinglePass(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _, losses, factor, *gradients = output
         ctx.how = inputs[-1]
-        ctx.handed_over = False
+        ctx.handed_over = NO_GRADIENTS
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses, factor, *(gradients if torch.compiler.is_compiling() else ()))
         ctx.save_for_backward(factor, *gradients)
@@ -61,7 +79,8 @@ class LinearSinglePass(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         if not compiling and any(gradient is not None for gradient in grad_gradients):
             raise RuntimeError(DOUBLE_BACKWARD)
-        if not compiling and ctx.handed_over:
+        asked = _asked_for(ctx, ctx.how.wanted)
+        if not compiling and any(map(operator.and_, asked, ctx.handed_over)):
             raise RuntimeError(SECOND_BACKWARD)
         if grad_loss is None:
             return (None,) * 10
@@ -70,17 +89,20 @@ class LinearSinglePass(torch.autograd.Function):
             # Infinite where no row is counted, and all gradients are 0.
             grad_loss = grad_loss * torch.where(factor.isinf(), 0, factor)
         functional = compiling or is_functional(grad_loss)
+        handed_over = tuple(map(operator.or_, asked, ctx.handed_over))
+        # Autograd would not give the others any more if one of what it has saved had changed.
+        in_place = not functional and handed_over == ctx.how.wanted
         scaled = []
-        for gradient, wanted in zip(gradients, ctx.how.wanted, strict=True):
-            if not wanted:
+        for gradient, ask in zip(gradients, asked, strict=True):
+            if not ask:
                 scaled.append(None)
-            elif functional:
+            elif not in_place:
                 scaled.append(gradient * grad_loss)
             else:
                 rows = gradient.detach() if gradient.dim() == 2 else gradient.detach().unsqueeze(0)
                 scaled.append(primitives(ctx.how.backend).scale_gradient_(rows, grad_loss).view_as(gradient))
         if not functional:
-            ctx.handed_over = True
+            ctx.handed_over = handed_over
         return *scaled, *(None,) * 7
 
 
@@ -115,12 +137,13 @@ class LinearRecompute(torch.autograd.Function):
             number if saved is None else saved
             for saved, number in zip((saved_c, saved_reg_weight), ctx.scalars, strict=True)
         )
-        arguments = *tensors, grad_loss, c, reg_weight, ctx.how
+        asked = _asked_for(ctx, ctx.how.wanted)
+        arguments = *tensors, grad_loss, c, reg_weight, ctx.how._replace(wanted=asked)
         if torch.compiler.is_compiling():
             _, *gradients, _ = linear_losses_and_gradients(*arguments)
         else:
             _, *gradients, _ = apply(_LinearGradients, *arguments, count=3)
-        return *(g if wanted else None for g, wanted in zip(gradients, ctx.how.wanted, strict=True)), *(None,) * 7
+        return *(g if ask else None for g, ask in zip(gradients, asked, strict=True)), *(None,) * 7
 
 
 class _LinearGradients(torch.autograd.Function):
@@ -178,7 +201,8 @@ def linear_self_regularized_entropy(
 
     Args:
         input: features (..., D), in float16, bfloat16, float32 or float64; under autocast the logits have its dtype.
-        linear_weight: W (K, D), of the input's dtype, or of any but float64 under autocast.
+        linear_weight: W (K, D), of the input's dtype, or of any but float64 under autocast. A layer that does more than
+            multiply by its weight (an adapter, hooks) is for :class:`LinearSelfRegularizedEntropyLoss`, which calls it.
         target: class indices (int64 or uint8) of shape (...), or probabilities (..., K) in any floating dtype. For a
             language model shift the labels, ``labels.roll(-1, 1)`` with the last column set to ``ignore_index``: logits
             and features that are sliced must be copied.
@@ -215,8 +239,8 @@ def linear_self_regularized_entropy(
         TypeError, ValueError: an argument is of the wrong type, dtype, shape, device or range.
         IndexError: a class index on a CPU is out of range. On a GPU or inside ``torch.compile`` its row is NaN, and so
             are all gradients of parameters.
-        RuntimeError: in the backward, when it comes a second time (not with ``reduction="none"``) or is differentiated
-            itself (see ``backend``).
+        RuntimeError: in the backward, when a gradient is asked for a second time (not with ``reduction="none"``) or is
+            differentiated itself (see ``backend``).
 
     Example:
         >>> features = torch.randn(2, 16, 64, requires_grad=True)

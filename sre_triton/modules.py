@@ -14,7 +14,9 @@ from .checks import (
     check_options,
     check_reg_weight,
     is_dtensor,
+    warn_once,
 )
+from .layer import features_of
 from .linear import linear_self_regularized_entropy
 from .loss import self_regularized_entropy
 from .reference import Parts
@@ -161,8 +163,12 @@ class SelfRegularizedEntropyLoss(_Loss):
 class LinearSelfRegularizedEntropyLoss(_Loss):
     """A classifier's linear layer and its loss: :func:`sre_triton.linear_self_regularized_entropy` as a module.
 
-    It takes features and never makes all logits. ``module.linear(features)`` makes them, to predict with. (To shard it,
-    FSDP2 is to wrap this module or one around it, as its forward does not call that of ``linear``.)
+    It takes features and never makes all logits. ``module.linear(features)`` makes them, to predict with.
+
+    That is so while ``linear`` is a plain ``nn.Linear``, ``torch.nn.utils.parametrizations`` of its weight included.
+    Where it may be more (an adapter such as LoRA, a subclass with a forward of its own, hooks, a quantized weight,
+    FSDP2 around ``linear`` alone), the forward calls it once, and takes the loss of what it returns. Logits and their
+    gradient are then in memory, ``chunk_rows`` means nothing, and a warning says so once.
 
     Args:
         in_features: D.
@@ -215,8 +221,27 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Parts]:
         """The loss of features (..., D) and class indices (...) or probabilities (..., K)."""
         linear = self.linear
+        features = features_of(linear, input)
+        if features is None:
+            return self._of_logits(linear(input), target)
+        linear_weight = linear.weight  # once, as a parametrization computes it
         result = linear_self_regularized_entropy(
-            input, linear.weight, target, linear_bias=linear.bias, weight=self.weight, **self._options()
+            features, linear_weight, target, linear_bias=linear.bias, weight=self.weight, **self._options()
         )
-        self._check_many_classes(linear.weight.shape[0])
+        self._check_many_classes(linear_weight.shape[0])
+        return result
+
+    def _of_logits(self, logits: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Parts]:
+        """The same of logits (..., K)."""
+        warn_once("all logits")
+        options = self._options()
+        del options["chunk_rows"]
+        linear_weight = getattr(self.linear, "weight", None)
+        if is_dtensor(linear_weight) and not is_dtensor(logits) and logits.shape[-1] != linear_weight.shape[0]:
+            options["shard"] = VocabShard.from_dtensor(linear_weight)
+        if logits.dim() > 2:
+            target = target.movedim(-1, 1) if target.dim() == logits.dim() else target
+            logits = logits.movedim(-1, 1)
+        result = self_regularized_entropy(logits, target, self.weight, **options)
+        self._check_many_classes(logits.shape[min(1, logits.dim() - 1)])
         return result

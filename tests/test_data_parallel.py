@@ -44,7 +44,7 @@ def gradients_of(group, make, wrap, reduction):
         from torch.distributed.fsdp import fully_shard  # slow to import
 
         mesh = torch.distributed.device_mesh.DeviceMesh.from_group(group, x.device.type)
-        fully_shard(model.head, mesh=mesh)
+        fully_shard(model.head.linear if wrap == "fsdp2 of the layer" else model.head, mesh=mesh)
         parallel = fully_shard(model, mesh=mesh)
     mine = slice(3 * group.rank(), 3 * group.rank() + 3)
     parallel(x[mine], y[mine]).backward()
@@ -54,7 +54,7 @@ def gradients_of(group, make, wrap, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2", "fsdp2 of the layer"])
 @pytest.mark.parametrize("make", [Plain, linear])
 def test_on_two_ranks(make, wrap, reduction, ranks):
     for gradients, alone in ranks.run(2, gradients_of, make, wrap, reduction):
