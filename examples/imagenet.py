@@ -2,7 +2,8 @@
 
 DDP, mixed precision, channels_last, mixup and cutmix, an exponential moving average of the weights, a cosine schedule
 with a warm-up of the learning rate, and another of the regularizer's weight λ, which grows from nothing. Prints top-1
-and top-5 of both weights after each epoch; log.csv has them with H and S, and last.pth is what --resume goes on from.
+and top-5 of both weights after each epoch; log.csv has them with H and S, and last.pth is what --resume goes on from,
+with the options of that run where none are given: λ is in no state_dict, it follows from them and the step.
 The numbers for ImageNet are those of torchvision's recipe of 2021, for a ResNet-50 and 1024 images a step.
 
     pip install 'sre_triton[timm]'
@@ -220,15 +221,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args()
+    for path in filter(None, (args.data and args.data / "train", args.data and args.data / "val", args.resume)):
+        if not path.exists():
+            parser.error(f"{path} does not exist")
+    checkpoint = None
+    if args.resume:
+        checkpoint = torch.load(args.resume, map_location="cpu")
+        parser.set_defaults(**checkpoint["options"])
+        args = parser.parse_args()
     recipe = MNIST if args.data is None else IMAGENET
     for name in Recipe._fields:
         if getattr(args, name) is None:
             setattr(args, name, getattr(recipe, name))
     if args.epochs < 1 or args.batch_size < 2 or args.batch_size % 2:
         parser.error("--epochs must be positive, and --batch-size even")
-    for path in filter(None, (args.data and args.data / "train", args.data and args.data / "val", args.resume)):
-        if not path.exists():
-            parser.error(f"{path} does not exist")
+    args.options = {name: value for name, value in vars(args).items() if name not in ("data", "out", "resume")}
+    args.checkpoint = checkpoint
     args.out = args.out or Path("mnist" if args.data is None else "imagenet")
     return args
 
@@ -266,12 +274,11 @@ def main() -> None:
 
     first_epoch = 0
     saved = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    if args.resume:
-        checkpoint = torch.load(args.resume, map_location=ranks.device)
+    if args.checkpoint:
         for name, part in saved.items():
-            if checkpoint[name]:  # a scaler that is not used has no state
-                part.load_state_dict(checkpoint[name])
-        first_epoch = checkpoint["epoch"]
+            if args.checkpoint[name]:  # a scaler that is not used has no state
+                part.load_state_dict(args.checkpoint[name])
+        first_epoch = args.checkpoint["epoch"]
     parallel = nn.parallel.DistributedDataParallel(model) if ranks.count > 1 else model
 
     for epoch in range(first_epoch, args.epochs):
@@ -282,8 +289,8 @@ def main() -> None:
         if ranks.rank == 0:
             row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], **measures}
             log(row, args.out / "log.csv", new=epoch == 0)
-            state = {name: part.state_dict() for name, part in saved.items()} | {"epoch": epoch + 1}
-            torch.save(state, args.out / "last.pth.new")
+            state = {name: part.state_dict() for name, part in saved.items()}
+            torch.save(state | {"epoch": epoch + 1, "options": args.options}, args.out / "last.pth.new")
             (args.out / "last.pth.new").replace(args.out / "last.pth")  # there is always a whole one
             for name, prefix in (("weights", ""), ("their average", "ema_")):
                 top1, top5, H, S = (measures[prefix + key] for key in ("top1", "top5", "H", "S"))

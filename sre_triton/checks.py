@@ -62,6 +62,12 @@ def check_reg_weight(value: object, largest: float = sys.float_info.max) -> None
         _check_number("reg_weight", value, -largest, largest, "a finite number or a tensor of 0 dimensions")
 
 
+def check_class_weights(value: object) -> None:
+    """Class weights before there are logits."""
+    if value is not None and not isinstance(value, Tensor):
+        raise _wrong(TypeError, "weight", "a tensor of class weights or None", value)
+
+
 def check_options(
     *,
     c,

@@ -20,10 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .backend import primitives
-from .collectives import group_of, row_stats, sum_of_weights
+from .collectives import row_stats, sum_of_weights
 from .flops import count_flops
 from .ops import NUM_LOSSES, OPTIONS, hidden_from_modes, needs_dispatch, scalar_of
 from .reference import compute_dtype
+from .shard import group_of
 
 # Logits of a chunk, and the rows it has at least.
 # On a GPU 512 MiB in bfloat16. While an H100 moves a byte it does 330 operations of a product in bfloat16, and of dW it

@@ -38,6 +38,7 @@ from .ops import (
 )
 from .passes import Row, local_class, losses_of
 from .reference import compute_dtype
+from .shard import group_of
 
 # A gathering moves 16 bytes a row for each rank. At 64 ranks and K = 128256, that is a quarter of a shard's bfloat16
 # logits.
@@ -155,11 +156,6 @@ def _combine(
     complete = (summed[:NUM_SUMMED] == expected).all()
     stats = _checked(torch.cat([m.unsqueeze(0), sums]), agreed, complete, num_classes)
     return stats, summed[NUM_SUMMED:]
-
-
-def group_of(name: str) -> "dist.ProcessGroup":
-    """Ops take no process group, but its name."""
-    return dist.distributed_c10d._resolve_process_group(name)
 
 
 def sum_of_weights(

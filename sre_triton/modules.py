@@ -10,6 +10,7 @@ from torch import Tensor
 from .checks import (
     MANY_CLASSES,
     check_chunk_rows,
+    check_class_weights,
     check_many_classes,
     check_options,
     check_reg_weight,
@@ -43,9 +44,14 @@ class _Loss(torch.nn.Module):
     weight: Tensor | None
     reg_weight: Tensor
 
+    @staticmethod
+    def _check(*, chunk_rows: int | None = None, **options: object) -> None:
+        check_chunk_rows(chunk_rows)
+        check_options(**options)
+
     def _keep(self, arguments: dict[str, object], device: torch.device | str | None = None) -> None:
         options = {name: arguments[name] for name in self._DEFAULTS}
-        check_options(**{name: options[name] for name in options if name != "chunk_rows"})
+        self._check(**options)
         reg_weight = options.pop("reg_weight")
         check_reg_weight(reg_weight, LARGEST)
         self.register_buffer("weight", arguments["weight"])
@@ -63,9 +69,17 @@ class _Loss(torch.nn.Module):
         self.register_buffer("reg_weight", reg_weight, persistent=False)
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name != "reg_weight" or name not in self.__dict__.get("_buffers", {}):
-            super().__setattr__(name, value)
+        kept = "reg_weight" in self.__dict__.get("_buffers", {})  # and what is set now comes after the constructor
+        if kept and name == "reg_weight":
+            self._set_reg_weight(value)
             return
+        if kept and name == "weight":
+            check_class_weights(value)
+        elif kept and name in self._DEFAULTS:
+            self._check(**self._options() | {name: value})  # with the others, as some exclude each other
+        super().__setattr__(name, value)
+
+    def _set_reg_weight(self, value: object) -> None:
         check_reg_weight(value, LARGEST)
         if isinstance(value, Tensor):
             self._local_reg_weight().copy_(value.detach())
@@ -117,11 +131,12 @@ class SelfRegularizedEntropyLoss(_Loss):
 
     Args:
         weight: class weights (K,), kept as a buffer; the other arguments are kept as attributes of the same names,
-            and each may be changed between steps.
-        reg_weight: a buffer as well, of 0 dimensions, float32 and not in the ``state_dict``. To set it, as a schedule
-            does at each step (:func:`sre_triton.ramp`), writes into it, which compiles nothing again. A float32 tensor
-            that is given here is the buffer, until the module moves; another is copied. On a GPU, move the module to
-            it as well: a CUDA graph sees λ change only there.
+            and each may be changed between steps: it is checked when it is set, with the others as they then are.
+        reg_weight: a buffer as well, of 0 dimensions, float32 and not in the ``state_dict``: after loading, set it
+            again. To set it, as a schedule does at each step (:func:`sre_triton.ramp`), writes into it, which compiles
+            nothing again. Set it on this module, which DDP and other wrappers hold, not on the wrapper. A float32
+            tensor that is given here is the buffer, until the module moves; another is copied. On a GPU, move the
+            module to it as well: a CUDA graph sees λ change only there.
 
     Example:
         >>> criterion = SelfRegularizedEntropyLoss(class_mean=True)
@@ -211,7 +226,6 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_chunk_rows(chunk_rows)
         self._keep(locals(), device)
         if shard is not None and shard.num_classes != num_classes:
             raise ValueError(f"shard: expected one of {num_classes} classes, as num_classes, got {shard}")

@@ -13,6 +13,8 @@ SHAPES = {
 def ramp(step: float, num_steps: float, shape: str = "linear") -> float:
     r"""How much of a weight is to be there at a step: 1 from ``num_steps`` on.
 
+    The weight is in no ``state_dict``: a run that goes on from a checkpoint sets it from its step.
+
     For x = step / num_steps, from 0 to 1::
 
         linear     x

@@ -13,13 +13,23 @@ def _chunk(num_classes: int, num_shards: int, index: int) -> tuple[int, int]:
     return min(size * index, num_classes), min(size * (index + 1), num_classes)
 
 
-@dataclass(frozen=True)
+# What stands for the name of the default group, which another process may have under another name.
+DEFAULT_GROUP = "default"
+
+
+@dataclass(frozen=True, init=False)
 class VocabShard:
     """The classes of this rank: from ``start`` on, before ``stop``, of ``num_classes`` that the group's ranks share.
 
     Every rank of the group calls the loss with its own logits and all targets, with the same options, and gets the
     loss of all classes and the gradient of its own logits. The shards may be of different sizes, or empty, and in any
     order; together they hold each class once.
+
+    It knows the group by its name. So it can be copied and pickled, alone or in a module: a copy shares the group, and
+    what another process loads means the default group there, or the one that ``new_group`` gave the same name, as it
+    does where all processes make their groups in the same order. Loading needs no ``torch.distributed``; to call the
+    loss without the group raises. (``torch.load`` with ``weights_only=True`` wants
+    ``torch.serialization.add_safe_globals([VocabShard])``.)
 
     Args:
         start, stop: the first class of this rank, and the one after its last.
@@ -28,7 +38,7 @@ class VocabShard:
 
     Raises:
         TypeError, ValueError: unless 0 <= start <= stop <= num_classes.
-        RuntimeError: ``torch.distributed`` is not initialized.
+        RuntimeError: ``torch.distributed`` is not initialized, or the group is gone.
 
     Example (on every rank)::
 
@@ -40,21 +50,25 @@ class VocabShard:
     start: int
     stop: int
     num_classes: int
-    group: "dist.ProcessGroup | None" = field(default=None, repr=False)
-    name: str = field(init=False, repr=False, compare=False)  # the group's
+    name: str = field(repr=False)  # the group's
 
-    def __post_init__(self) -> None:
-        for argument in ("start", "stop", "num_classes"):
-            value = getattr(self, argument)
+    def __init__(self, start: int, stop: int, num_classes: int, group: "dist.ProcessGroup | None" = None) -> None:
+        for argument, value in (("start", start), ("stop", stop), ("num_classes", num_classes)):
             if not isinstance(value, (int, Integral)) or isinstance(value, bool):
                 raise TypeError(f"{argument}: expected an int, got {value!r}")
             object.__setattr__(self, argument, int(value))
-        if not 0 <= self.start <= self.stop <= self.num_classes or self.num_classes == 0:
-            got = f"start={self.start}, stop={self.stop}, num_classes={self.num_classes}"
+        if not 0 <= start <= stop <= num_classes or num_classes == 0:
+            got = f"start={start}, stop={stop}, num_classes={num_classes}"
             raise ValueError(f"shard: expected 0 <= start <= stop <= num_classes and a class at least, got {got}")
-        if self.group is not None and not isinstance(self.group, dist.ProcessGroup):
-            raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {self.group!r}")
-        object.__setattr__(self, "name", (self.group or _default_group()).group_name)
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {group!r}")
+        group = group or _default_group()
+        object.__setattr__(self, "name", DEFAULT_GROUP if group is dist.group.WORLD else group.group_name)
+
+    @property
+    def group(self) -> "dist.ProcessGroup":
+        """The process group."""
+        return group_of(self.name)
 
     @classmethod
     def even(cls, num_classes: int, group: "dist.ProcessGroup | None" = None) -> "VocabShard":
@@ -97,6 +111,20 @@ def _default_group() -> "dist.ProcessGroup":
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("group: expected torch.distributed to be initialized (init_process_group)")
     return dist.group.WORLD
+
+
+def group_of(name: str) -> "dist.ProcessGroup":
+    """The group of a shard. Ops take no process group, but its name."""
+    if name == DEFAULT_GROUP:
+        return _default_group()
+    try:
+        return dist.distributed_c10d._resolve_process_group(name)
+    except RuntimeError:
+        _default_group()
+        raise RuntimeError(
+            f"group: expected the process group {name!r}, for which the shard was made, to be there on this rank, got "
+            "none of that name; make the same groups in the same order (new_group), or another VocabShard"
+        ) from None
 
 
 def wrong_placements(argument: str, tensor: "torch.distributed.tensor.DTensor", expected: str) -> ValueError:

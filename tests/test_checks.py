@@ -157,6 +157,29 @@ def test_chunk_rows_of_the_module(chunk_rows):
         LinearSelfRegularizedEntropyLoss(3, 7, chunk_rows=chunk_rows)
 
 
+@pytest.mark.parametrize("make", [SelfRegularizedEntropyLoss, lambda: LinearSelfRegularizedEntropyLoss(3, 7)])
+def test_what_is_set_on_a_module_is_checked_there(make):
+    module = make()
+    others = [
+        ({"shard": 3}, TypeError, "shard: expected a VocabShard or None, got 3"),
+        ({"weight": [1.0]}, TypeError, r"weight: expected a tensor of class weights or None, got \[1\.0\]"),
+        ({"chunk_rows": -1}, ValueError, "chunk_rows: expected None or an int of at least 1, got -1"),
+    ]
+    for keywords, error, text in OPTIONS + others:
+        (*possible, (name, value)) = keywords.items()
+        if not hasattr(module, name):
+            continue
+        for first in possible:
+            setattr(module, *first)
+        before = getattr(module, name)
+        with pytest.raises(error, match=f"^{text}"):
+            setattr(module, name, value)
+        assert getattr(module, name) is before
+        for other, _ in possible:
+            setattr(module, other, None)
+    assert repr(module) == repr(make())
+
+
 def test_dtypes_under_autocast(uncompiled):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         linear_self_regularized_entropy(x, W.bfloat16(), y, linear_bias=b)

@@ -1,4 +1,4 @@
-"""DDP and FSDP2: ranks that have other rows together compute the gradients of all."""
+"""DDP and FSDP2: ranks that have other rows together compute the gradients of all; and λ reaches what is wrapped."""
 
 import pytest
 import torch
@@ -31,6 +31,16 @@ class Model(torch.nn.Module):
         return self.head(self.body(x), y).mean()
 
 
+def wrapped(model, wrap, group):
+    if wrap == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model, process_group=group)
+    from torch.distributed.fsdp import fully_shard  # slow to import
+
+    mesh = torch.distributed.device_mesh.DeviceMesh.from_group(group, torch.get_default_device().type)
+    fully_shard(model.head.linear if wrap == "fsdp2 of the layer" else model.head, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 def gradients_of(group, make, wrap, reduction):
     """Those of a model whose rows are shared by the ranks, and of the same model alone."""
     torch.manual_seed(0)
@@ -38,14 +48,7 @@ def gradients_of(group, make, wrap, reduction):
     alone.load_state_dict(model.state_dict())
     x, y = torch.randn(6, 8), torch.randint(21, (6,))
     alone(x, y).backward()
-    if wrap == "ddp":
-        parallel = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
-    else:
-        from torch.distributed.fsdp import fully_shard  # slow to import
-
-        mesh = torch.distributed.device_mesh.DeviceMesh.from_group(group, x.device.type)
-        fully_shard(model.head.linear if wrap == "fsdp2 of the layer" else model.head, mesh=mesh)
-        parallel = fully_shard(model, mesh=mesh)
+    parallel = wrapped(model, wrap, group)
     mine = slice(3 * group.rank(), 3 * group.rank() + 3)
     parallel(x[mine], y[mine]).backward()
     gradients = [parameter.grad for parameter in model.parameters()]
@@ -59,3 +62,30 @@ def gradients_of(group, make, wrap, reduction):
 def test_on_two_ranks(make, wrap, reduction, ranks):
     for gradients, alone in ranks.run(2, gradients_of, make, wrap, reduction):
         torch.testing.assert_close(gradients, alone)
+
+
+def scheduled(group, make, wrap):
+    """Losses before and after a step of a schedule that knows the criterion alone, and what they are to be."""
+
+    def seeded(**options):
+        torch.manual_seed(0)
+        return Model(make, **options)
+
+    model = seeded()
+    criterion = model.head.criterion if make is Plain else model.head
+    parallel = wrapped(model, wrap, group)
+    x, y = torch.randn(6, 8), torch.randint(21, (6,))
+    losses = []
+    with torch.no_grad():
+        for reg_weight in (1.0, 0.25):
+            criterion.reg_weight = reg_weight
+            losses += parallel(x, y), seeded(reg_weight=reg_weight)(x, y)
+    return losses
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("make", [Plain, linear])
+def test_a_schedule_of_the_criterion_reaches_it(make, wrap, ranks):
+    for first, first_expected, second, second_expected in ranks.run(2, scheduled, make, wrap):
+        torch.testing.assert_close((first, second), (first_expected, second_expected))
+        assert first != second

@@ -89,7 +89,9 @@ def test_timm(uncompiled):
         torch.testing.assert_close(found["loss"].double(), true[0], rtol=1e-5, atol=1e-6)
 
 
-def test_imagenet_example(tmp_path):
+@pytest.fixture
+def imagenet(tmp_path):
+    """The path of the example, with its arguments for a small model on random images."""
     pytest.importorskip("timm")
     from PIL import Image
 
@@ -103,14 +105,21 @@ def test_imagenet_example(tmp_path):
                 Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
     arguments = [ROOT / "examples" / "imagenet.py", tmp_path / "images", "--out", tmp_path, "--workers", "0"]
     arguments += ["--model", "test_resnet", "--image-size", "32", "--batch-size", "6", "--ema-decay", "0.5"]
+    return [str(argument) for argument in arguments]
+
+
+def test_imagenet_example(tmp_path, imagenet):
     environment = {**os.environ, "CXX": "/nonexistent/compiler", "PET_STANDALONE": "1", "CUDA_VISIBLE_DEVICES": ""}
     torchrun = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2"]
     states = []
     for launcher, more in (
         ([sys.executable], ["--epochs", "1", "--mixup", "0", "--cutmix", "0"]),
-        (torchrun, ["--epochs", "3", "--lr", "0", "--resume", tmp_path / "last.pth", "--amp", "bfloat16"]),
+        (
+            torchrun,
+            ["--epochs", "3", "--lr", "0", "--resume", tmp_path / "last.pth", "--amp", "bfloat16", "--mixup", "0.2"],
+        ),
     ):
-        done = subprocess.run([*launcher, *arguments, *more], env=environment, capture_output=True, text=True)
+        done = subprocess.run([*launcher, *imagenet, *more], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         states.append(torch.load(tmp_path / "last.pth"))
     assert [state["epoch"] for state in states] == [1, 3]
@@ -130,6 +139,39 @@ def test_imagenet_example(tmp_path):
             assert 0 < float(row[prefix + "S"]) < 0.7
 
 
+def test_imagenet_resumes_in_the_middle_of_a_ramp(tmp_path, imagenet, monkeypatch, uncompiled):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    torch.use_deterministic_algorithms(False)
+    import imagenet as example
+
+    def run(out, *options):
+        monkeypatch.setattr(sys, "argv", [*imagenet, "--out", str(tmp_path / out), *options])
+        example.main()
+
+    def log(out):
+        with (tmp_path / out / "log.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    train_epoch, interrupted_at = example.train_epoch, None
+
+    def interrupted(epoch, *args):
+        if epoch == interrupted_at:
+            raise KeyboardInterrupt
+        return train_epoch(epoch, *args)
+
+    monkeypatch.setattr(example, "train_epoch", interrupted)
+    options = ["--epochs", "4", "--reg-weight", "0.3", "--reg-warmup", "0.8"]
+    run("whole", *options)
+    interrupted_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", *options)
+    interrupted_at = None
+    assert 0 < float(log("parts")[-1]["reg_weight"]) < 0.3
+    run("parts", "--resume", str(tmp_path / "parts" / "last.pth"))
+    assert [row["reg_weight"] for row in log("parts")] == [row["reg_weight"] for row in log("whole")]
+    assert log("parts") == log("whole")
+
+
 def test_lightning(tmp_path):
     pytest.importorskip("lightning")
     page = tmp_path / "page.py"
@@ -142,6 +184,17 @@ def test_lightning(tmp_path):
     assert "'accuracy': tensor(" in done.stdout
 
 
+def test_fabric(uncompiled):
+    pytest.importorskip("lightning")
+    from lightning.fabric import Fabric
+
+    criterion, z, y = SelfRegularizedEntropyLoss(), torch.randn(4, 20), torch.arange(4)
+    wrapped = Fabric(accelerator="cpu", devices=1).setup_module(criterion)
+    for reg_weight in (1.0, 0.25):  # a schedule keeps the criterion by name
+        criterion.reg_weight = reg_weight
+        assert torch.equal(wrapped(z, y), self_regularized_entropy(z, y, reg_weight=reg_weight))
+
+
 def test_transformers(tmp_path, monkeypatch, uncompiled):
     pytest.importorskip("transformers")
     from transformers import ViTConfig, ViTForImageClassification
@@ -150,14 +203,15 @@ def test_transformers(tmp_path, monkeypatch, uncompiled):
     names = run("transformers")
     Llama, Trainer, TrainingArguments = (names[name] for name in ("LlamaForCausalLM", "Trainer", "TrainingArguments"))
 
-    def weights(make, function, batch, micro_batches):
+    def weights(make, function, batch, micro_batches, devices):
         torch.manual_seed(0)
         model = make(names["config"])
         args = TrainingArguments(
             "trainer", max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=micro_batches,
-            optim="sgd", learning_rate=1.0, warmup_steps=0, report_to=[], save_strategy="no", max_grad_norm=0.0,
+            optim="sgd", learning_rate=1 / devices, warmup_steps=0, report_to=[], save_strategy="no", max_grad_norm=0.0,
             use_cpu=True,
         )  # fmt: skip
+        args._n_gpu = devices  # of DataParallel, by whose number transformers multiplies the loss
         text = [dict(row) for row in names["text"][:8]]
         for i, row in enumerate(text):  # as many labels in none
             row["labels"] = row["labels"].clone()
@@ -178,10 +232,17 @@ def test_transformers(tmp_path, monkeypatch, uncompiled):
         SelfRegularizedEntropyLoss(class_mean=True)(logits, labels[:, 1:].flatten()).backward()
         return {name: value.detach() - value.grad for name, value in model.named_parameters()}
 
+    labels, model = torch.randint(300, (2, 16)), Llama(names["config"])
+    with torch.no_grad():
+        for outputs, head in ((model(labels), None), (model.model(labels), model.lm_head)):
+            assert torch.equal(*(names["loss"](outputs, labels, n, head) for n in (None, 2 * 15)))
+            for count in (torch.tensor(60), torch.tensor(60).expand(2, 1)):  # the latter is DataParallel's
+                assert torch.equal(*(names["loss"](outputs, labels, n, head) for n in (60, count)))
+
     expected = at_once()
     for make, function in ((Llama, names["loss"]), (names["FusedForCausalLM"], None)):
-        for batch, micro_batches in ((8, 1), (2, 4)):
-            found = weights(make, function, batch, micro_batches)
+        for how in ((8, 1, 1), (2, 4, 1), (2, 2, 2)):
+            found = weights(make, function, *how)
             for name, value in expected.items():
                 torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 

@@ -1,8 +1,11 @@
 """Classes sharded over ranks: the numbers of one rank from two collectives, and no plausible number when one fails."""
 
+import copy
 import functools
+import io
 import itertools
 import os
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -582,6 +585,105 @@ def test_linear_under_the_users_compile(ranks):
 
 
 # -- what is passed ---------------------------------------------------------------------------------------------------
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def loaded(data, **options):
+    return torch.load(io.BytesIO(data), **{"weights_only": False} | options)
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "torch.save": lambda value: loaded(saved(value)),
+    "AveragedModel": lambda value: torch.optim.swa_utils.AveragedModel(value).module,
+}
+
+
+def modules_of(group):
+    """Both modules with this rank's classes, of the group and of the default group."""
+    torch.manual_seed(0)
+    for shard in (VocabShard.even(K, group), VocabShard.even(K)):
+        yield SelfRegularizedEntropyLoss(shard=shard)
+        yield LinearSelfRegularizedEntropyLoss(D, K, shard=shard)
+
+
+@torch.no_grad()
+def loss_of(module):
+    """The loss, and what it is to be, of features and weights that are all the same."""
+    plain = isinstance(module, SelfRegularizedEntropyLoss)
+    if not plain:
+        module.linear.weight.fill_(1.0)
+    shard = module.shard
+    input = torch.zeros(N, shard.stop - shard.start) if plain else torch.zeros(N, D)
+    losses = module(input, torch.arange(N)), self_regularized_entropy(torch.zeros(N, K), torch.arange(N))
+    return [loss.item() for loss in losses]
+
+
+def copied(group):
+    losses = []
+    for module in modules_of(group):
+        for make in COPIES.values():
+            other = make(module)
+            assert other.shard == module.shard
+            assert hash(other.shard) == hash(module.shard)
+            assert other.shard.group is module.shard.group
+            losses.append(loss_of(other))
+        assert COPIES["deepcopy"](module).reg_weight is not module.reg_weight
+    assert VocabShard.even(K, group).group is group
+    assert VocabShard.even(K) == VocabShard.even(K, torch.distributed.group.WORLD) != VocabShard.even(K, group)
+    return losses
+
+
+def test_copies_share_the_group(ranks):
+    for losses in ranks.run(ranks.num_ranks, copied):
+        assert len(losses) == 4 * len(COPIES)
+        for loss, expected in losses:
+            assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def modules_saved(group):
+    shard = VocabShard.even(K, group)
+    return saved(list(modules_of(group))), saved({"shard": shard}), repr(shard)
+
+
+def of_another_process(rank, files):
+    """What the saved modules say before there is a group of that name, and their losses afterwards."""
+    modules = loaded(files[rank])
+    messages = []
+    for module in modules[:2]:
+        with pytest.raises(RuntimeError) as raised:
+            loss_of(module)
+        messages.append(str(raised.value))
+    for size in range(1, 5):  # as where they were saved (ranks.py)
+        torch.distributed.new_group(list(range(size)))
+    return messages, [loss_of(module) for module in modules]
+
+
+def test_what_is_loaded_finds_the_group_or_says_what_is_missing(ranks):
+    files, shards, texts = zip(*ranks.run(4, modules_saved), strict=True)
+    for file, shard, text in zip(files, shards, texts, strict=True):
+        for module in loaded(saved(loaded(file))):  # not even torch.distributed is there, and nothing is lost
+            assert text in repr(module)
+            with pytest.raises(RuntimeError, match="^group: expected torch.distributed to be initialized"):
+                loss_of(module)
+        with pytest.raises(pickle.UnpicklingError, match="VocabShard"):
+            loaded(shard, weights_only=True)
+        with torch.serialization.safe_globals([VocabShard]):
+            assert repr(loaded(shard, weights_only=True)["shard"]) == text
+    answers = spawn(4, of_another_process, files, timeout=30)
+    assert set(answers) == set(range(4))
+    for _, (messages, losses) in answers.values():
+        for message in messages:
+            assert message.startswith("group: expected the process group '4', for which the shard was made, to be ")
+        for loss, expected in losses:
+            assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def refused(group):
