@@ -6,6 +6,8 @@ from numbers import Integral
 import torch
 import torch.distributed as dist
 
+from .messages import short, wrong
+
 
 def _chunk(num_classes: int, num_shards: int, index: int) -> tuple[int, int]:
     """Where the shard of that index begins and ends, by the rule of ``torch.chunk`` and DTensor."""
@@ -46,15 +48,12 @@ class VocabShard:
     def __post_init__(self) -> None:
         for argument in ("start", "stop", "num_classes"):
             value = getattr(self, argument)
-            if not isinstance(value, (int, Integral)) or isinstance(value, bool):
-                raise TypeError(f"{argument}: expected an int, got {value!r}")
+            _check_int(argument, value)
             object.__setattr__(self, argument, int(value))
         if not 0 <= self.start <= self.stop <= self.num_classes or self.num_classes == 0:
-            got = f"start={self.start}, stop={self.stop}, num_classes={self.num_classes}"
+            got = f"start={short(self.start)}, stop={short(self.stop)}, num_classes={short(self.num_classes)}"
             raise ValueError(f"shard: expected 0 <= start <= stop <= num_classes and a class at least, got {got}")
-        if self.group is not None and not isinstance(self.group, dist.ProcessGroup):
-            raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {self.group!r}")
-        object.__setattr__(self, "name", (self.group or _default_group()).group_name)
+        object.__setattr__(self, "name", _checked_group(self.group).group_name)
 
     @classmethod
     def even(cls, num_classes: int, group: "dist.ProcessGroup | None" = None) -> "VocabShard":
@@ -64,7 +63,8 @@ class VocabShard:
             num_classes: K.
             group: as above; the calling process is one of its ranks.
         """
-        group = group or _default_group()
+        _check_int("num_classes", num_classes)
+        group = _checked_group(group)
         return cls(*_chunk(num_classes, dist.get_world_size(group), dist.get_rank(group)), num_classes, group)
 
     @classmethod
@@ -78,6 +78,8 @@ class VocabShard:
             placements other than ``Shard`` and ``Replicate``.
         """
         expected = "that is sharded on classes over one dimension of its mesh"
+        if not hasattr(tensor, "placements"):
+            raise wrong(TypeError, "tensor", f"a DTensor {expected}", tensor)
         dims = sharded_dims("tensor", tensor, expected)
         sharded = set(dims) - {None}
         dim = sharded.pop() if len(sharded) == 1 else 1
@@ -93,16 +95,24 @@ class VocabShard:
         return cls(*ends, num_classes, mesh.get_group(mesh_dim))
 
 
-def _default_group() -> "dist.ProcessGroup":
-    if not (dist.is_available() and dist.is_initialized()):
+def _check_int(argument: str, value: object) -> None:
+    if not isinstance(value, (int, Integral)) or isinstance(value, bool):
+        raise wrong(TypeError, argument, "an int", value)
+
+
+def _checked_group(group: "dist.ProcessGroup | None") -> "dist.ProcessGroup":
+    """The group; None is that of all processes."""
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise wrong(TypeError, "group", "a torch.distributed.ProcessGroup or None", group)
+    if group is None and not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("group: expected torch.distributed to be initialized (init_process_group)")
-    return dist.group.WORLD
+    return group or dist.group.WORLD
 
 
 def wrong_placements(argument: str, tensor: "torch.distributed.tensor.DTensor", expected: str) -> ValueError:
     """What is wrong, and what to do."""
     return ValueError(
-        f"{argument}: expected a DTensor {expected}, got placements {tensor.placements}; "
+        f"{argument}: expected a DTensor {expected}, got placements {short(tensor.placements)}; "
         f"use {argument}.redistribute(placements=...)"
     )
 

@@ -36,6 +36,7 @@ ORDER = [
     "plan",
     "launch",
     "backend",
+    "messages",
     "shard",
     "checks",
     "collectives",
