@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.masked import MaskedTensor
 from torch.nn.parameter import UninitializedTensorMixin
 
-from .messages import short, wrong
+from .messages import of_shape, wrong
 from .ops import is_watched, value_on_cpu
 from .shard import VocabShard
 
@@ -183,7 +183,7 @@ def check_indices(target: Tensor, logits_shape: torch.Size, dim: int) -> None:
         are_indices = (fits or classes_are_last) and not target.is_quantized
         mend = "target.long() makes class indices of it" if are_indices else ""
         raise wrong(TypeError, "target", expected, target, mend)
-    of_indices, of_logits = short(tuple(shape)), short(tuple(logits_shape))
+    of_indices, of_logits = of_shape(shape), of_shape(logits_shape)
     expected = f"class indices of shape {of_indices} or probabilities of shape {of_logits}"
     raise wrong(ValueError, "target", expected, target, CLASSES_ARE_DIMENSION_1 if classes_are_last else "")
 
@@ -289,7 +289,7 @@ def check_linear(
     ):
         classes = "(K, {}), K at least 1," if shard is None else f"({shard.stop - shard.start}, {{}}), of this shard,"
         shape = classes.format(input.shape[-1])
-        expected = f"a tensor of shape {shape} for input of shape {short(tuple(input.shape))}"
+        expected = f"a tensor of shape {shape} for input of shape {of_shape(input.shape)}"
         raise wrong(ValueError, "linear_weight", expected, linear_weight)
     num_classes = linear_weight.shape[0]
     if linear_bias is not None and linear_bias.shape != (num_classes,):
