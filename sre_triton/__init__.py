@@ -25,6 +25,7 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
     compiled.py    torch.compile: asked once for every set of options
     fallback.py    torch.compile: the primitives
     backend.py     chooses between them
+    messages.py    what an error says, briefly whatever came
     shard.py       which classes a rank has
     collectives.py what the ranks tell each other
     dtensor.py     DTensors: what of them is here

@@ -15,6 +15,7 @@ from . import eager
 from .autograd import DOUBLE_BACKWARD, apply, is_functional, reduced
 from .backend import primitives
 from .checks import (
+    check_are_tensors,
     check_linear,
     check_many_classes,
     check_options,
@@ -203,9 +204,9 @@ def linear_self_regularized_entropy(
         input: features (..., D), in float16, bfloat16, float32 or float64; under autocast the logits have its dtype.
         linear_weight: W (K, D), of the input's dtype, or of any but float64 under autocast. A layer that does more than
             multiply by its weight (an adapter, hooks) is for :class:`LinearSelfRegularizedEntropyLoss`, which calls it.
-        target: class indices (int64 or uint8) of shape (...), or probabilities (..., K) in any floating dtype. For a
-            language model shift the labels, ``labels.roll(-1, 1)`` with the last column set to ``ignore_index``: logits
-            and features that are sliced must be copied.
+        target: class indices (int64, int32, int16, int8 or uint8) of shape (...), or probabilities (..., K) in any
+            floating dtype. For a language model shift the labels, ``labels.roll(-1, 1)`` with the last column set to
+            ``ignore_index``: logits and features that are sliced must be copied.
         linear_bias: b (K,), or None.
         weight: class weights (K,).
         chunk_rows: how many rows make a chunk; the result depends on it by roundings alone. None is chosen so that a
@@ -217,7 +218,7 @@ def linear_self_regularized_entropy(
         ignore_index: rows with this class index have loss 0, and nothing of them reaches any gradient, not even NaN;
             a CPU spends no time on them.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in ``F.cross_entropy``.
-        denominator: with ``"mean"``, divide by this number or 0-dim tensor instead.
+        denominator: with ``"mean"``, divide by this number or 0-dim tensor instead, through which no gradient flows.
         label_smoothing: ε; y becomes (1 - ε) y + ε / K.
         z_loss: α >= 0; adds α lse².
         softcap: s > 0; the logits become s tanh(z / s) first.
@@ -267,6 +268,8 @@ def linear_self_regularized_entropy(
         shard=shard,
         backend=backend,
     )
+    needed = {"input": input, "linear_weight": linear_weight, "target": target}
+    check_are_tensors(needed, {"linear_bias": linear_bias, "weight": weight})
     layout = None
     if is_dtensor(input) or is_dtensor(linear_weight):
         from .dtensor import of_linear
@@ -274,7 +277,7 @@ def linear_self_regularized_entropy(
         input, linear_weight, linear_bias, target, weight, shard, layout = of_linear(
             input, linear_weight, linear_bias, target, weight, shard
         )
-    if shard is not None and isinstance(input, Tensor) and input.dim() > 0:
+    if shard is not None and input.dim() > 0:
         target, weight = of_shard(shard, target, weight, dim=input.dim() - 1)
     check_linear(input, linear_weight, linear_bias, target, weight, ignore_index, chunk_rows, shard)
     num_here, num_features = linear_weight.shape

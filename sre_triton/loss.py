@@ -10,6 +10,7 @@ from . import eager
 from .autograd import Recompute, SinglePass, apply, few_launches, reduced
 from .backend import choose, primitives
 from .checks import (
+    check_are_tensors,
     check_backend_of_shard,
     check_inplace,
     check_many_classes,
@@ -21,7 +22,7 @@ from .checks import (
     warn_once,
 )
 from .collectives import row_loss
-from .ops import NUM_LOSSES, hidden_from_modes, is_watched, needs_dispatch
+from .ops import NUM_LOSSES, hidden_from_modes, is_watched, value_on_cpu
 from .reference import Parts, compute_dtype, sample_weights
 from .shard import VocabShard
 
@@ -70,9 +71,7 @@ def scalars_of(c, reg_weight, per_class: float, backend: str, rows: Tensor) -> t
             return c, one * reg_weight * per_class
     else:
         c = float(c)
-        # What lies on the CPU is read: nothing is waited for, and operations on it would take 10 us.
-        if isinstance(reg_weight, Tensor) and reg_weight.is_cpu and not needs_dispatch(reg_weight, (reg_weight,)):
-            reg_weight = reg_weight.item()
+        reg_weight = value_on_cpu(reg_weight)
         if not isinstance(reg_weight, Tensor):
             return c, float(reg_weight) * per_class
     device = c.device if isinstance(c, Tensor) else "cpu"
@@ -181,17 +180,19 @@ def self_regularized_entropy(
         input: logits, (K,), (N, K) or (N, K, d1, ..., dk), in float16, bfloat16, float32 or float64. The arithmetic
             is float32 (float64 for float64). A logit of -inf masks its class. NaN and +inf spoil their own row only
             (a ``softcap`` makes infinities finite).
-        target: class indices (int64 or uint8) of the input's shape without the class dimension, or probabilities of
-            the input's shape and any floating dtype, whose rows need not sum to 1 (only H is scaled by that sum).
+        target: class indices (int64, int32, int16, int8 or uint8) of the input's shape without the class dimension, or
+            probabilities of the input's shape and any floating dtype, whose rows need not sum to 1 (only H is scaled
+            by that sum).
         weight: class weights (K,). H is weighted as in ``F.cross_entropy``; S and the z-loss of a row are multiplied
             by the weight of its target, sum_j w_j y_j for probabilities.
         c: the probability to which wrong classes are pushed, from 1e-30 to 1.
         reg_weight: λ, finite; a number or a 0-dim tensor, through which no gradient flows.
         class_mean: divide S by K - 1 (0 when K = 1). None is the plain sum, and warns once where it is likely to
-            drown the cross entropy: K >= 256 and ``reg_weight=1``.
+            drown the cross entropy: K >= 256, unless λ is 0. (One on a GPU or in a compiled graph is never read, and
+            counts as not 0.)
         ignore_index: rows with this class index have loss 0 and gradient 0, whatever they hold.
         reduction: ``"mean"`` (over the weights of the rows that are not ignored), ``"sum"`` or ``"none"``.
-        denominator: with ``"mean"``, divide by this number or 0-dim tensor instead.
+        denominator: with ``"mean"``, divide by this number or 0-dim tensor instead, through which no gradient flows.
         label_smoothing: ε; y becomes (1 - ε) y + ε / K.
         z_loss: α >= 0; adds α lse², lse the logsumexp of the row.
         softcap: s > 0; the logits become s tanh(z / s) first.
@@ -203,6 +204,8 @@ def self_regularized_entropy(
             step; a second backward through the graph raises). True keeps seven numbers a row and reads the logits
             again in the backward. None is True for float16, whose small gradients vanish before a loss scaler reaches
             them, and for ``reduction="none"``; else False. "eager" keeps what autograd keeps.
+            Logits that are changed in between through NumPy, which PyTorch does not see, silently change a gradient
+            that is still to be computed.
         return_parts: also return :class:`Parts`.
         shard: which classes the logits are of, where each rank of a process group has some (:class:`VocabShard`): two
             collectives in the forward, none in the backward. ``target`` are the class indices among all classes.
@@ -252,12 +255,13 @@ def self_regularized_entropy(
         shard=shard,
         backend=backend,
     )
+    check_are_tensors({"input": input, "target": target}, {"weight": weight})
     layout = None
     if is_dtensor(input):
         from .dtensor import of_logits
 
         input, target, weight, shard, layout = of_logits(input, target, weight, shard)
-    if shard is not None and isinstance(input, Tensor) and input.dim() > 0:
+    if shard is not None and input.dim() > 0:
         target, weight = of_shard(shard, target, weight, dim=min(1, input.dim() - 1))
     check_tensors(input, target, weight, ignore_index, shard)
     dim = min(1, input.dim() - 1)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .checks import (
-    MANY_CLASSES,
     check_chunk_rows,
     check_class_weights,
-    check_many_classes,
+    check_features,
+    check_layer,
     check_options,
     check_reg_weight,
     is_dtensor,
@@ -20,6 +20,7 @@ from .checks import (
 from .layer import features_of
 from .linear import linear_self_regularized_entropy
 from .loss import self_regularized_entropy
+from .messages import wrong
 from .reference import Parts
 from .shard import VocabShard
 
@@ -54,14 +55,20 @@ class _Loss(torch.nn.Module):
         self._check(**options)
         reg_weight = options.pop("reg_weight")
         check_reg_weight(reg_weight, LARGEST)
+        shard, sizes = options["shard"], ()
+        if shard is not None:
+            sizes = shard.stop - shard.start, shard.num_classes
+        elif "num_classes" in arguments:
+            sizes = (arguments["num_classes"],)
+        check_class_weights(arguments["weight"], sizes)
         self.register_buffer("weight", arguments["weight"])
         for name, value in options.items():
             setattr(self, name, value)
         if isinstance(reg_weight, Tensor):
-            self._was_1, self._last_value = False, math.nan
+            self._last_value = math.nan
             reg_weight = reg_weight.detach().float()
         else:
-            self._was_1, self._last_value = reg_weight == 1, float(reg_weight)
+            self._last_value = float(reg_weight)
             device = torch.get_default_device() if device is None else torch.device(device)
             # A module on "meta" gets its parameters from a checkpoint, which does not have this.
             device = "cpu" if device.type == "meta" else device
@@ -85,7 +92,6 @@ class _Loss(torch.nn.Module):
             self._local_reg_weight().copy_(value.detach())
             return
         self._local_reg_weight().fill_(value)
-        self._was_1 |= value == 1
         self._last_value = float(value)  # which "meta" does not keep
 
     def _local_reg_weight(self) -> Tensor:
@@ -107,13 +113,6 @@ class _Loss(torch.nn.Module):
 
     def _options(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in self._DEFAULTS} | {"reg_weight": self._local_reg_weight()}
-
-    def _check_many_classes(self, num_classes: int) -> None:
-        if self.class_mean is None:
-            num_classes = num_classes if self.shard is None else self.shard.num_classes
-            # In this order, so that nothing is compiled again when λ comes to 1 where it does not matter.
-            if num_classes >= MANY_CLASSES and self._was_1:
-                check_many_classes(num_classes, 1)
 
     def extra_repr(self) -> str:
         """The options that are not the defaults."""
@@ -170,9 +169,7 @@ class SelfRegularizedEntropyLoss(_Loss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Parts]:
         """The loss of logits (K,), (N, K) or (N, K, d1, ...) and class indices or probabilities."""
-        result = self_regularized_entropy(input, target, self.weight, **self._options())
-        self._check_many_classes(input.shape[min(1, input.dim() - 1)])
-        return result
+        return self_regularized_entropy(input, target, self.weight, **self._options())
 
 
 class LinearSelfRegularizedEntropyLoss(_Loss):
@@ -226,9 +223,10 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        check_layer(in_features, num_classes, dtype)
         self._keep(locals(), device)
         if shard is not None and shard.num_classes != num_classes:
-            raise ValueError(f"shard: expected one of {num_classes} classes, as num_classes, got {shard}")
+            raise wrong(ValueError, "shard", f"one of {num_classes} classes, as num_classes", shard)
         num_here = num_classes if shard is None else shard.stop - shard.start
         self.linear = torch.nn.Linear(in_features, num_here, bias=bias, device=device, dtype=dtype)
 
@@ -239,11 +237,10 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
         if features is None:
             return self._of_logits(linear(input), target)
         linear_weight = linear.weight  # once, as a parametrization computes it
-        result = linear_self_regularized_entropy(
+        check_features(features, linear_weight)
+        return linear_self_regularized_entropy(
             features, linear_weight, target, linear_bias=linear.bias, weight=self.weight, **self._options()
         )
-        self._check_many_classes(linear_weight.shape[0])
-        return result
 
     def _of_logits(self, logits: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Parts]:
         """The same of logits (..., K)."""
@@ -256,6 +253,4 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
         if logits.dim() > 2:
             target = target.movedim(-1, 1) if target.dim() == logits.dim() else target
             logits = logits.movedim(-1, 1)
-        result = self_regularized_entropy(logits, target, self.weight, **options)
-        self._check_many_classes(logits.shape[min(1, logits.dim() - 1)])
-        return result
+        return self_regularized_entropy(logits, target, self.weight, **options)

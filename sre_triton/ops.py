@@ -132,6 +132,13 @@ def needs_dispatch(logits: Tensor, args: tuple) -> bool:
     return not plain or is_watched() or any(map(is_batched, args))
 
 
+def value_on_cpu(number: float | Tensor) -> float | Tensor:
+    """A number that lies on the CPU is read: nothing is waited for, and operations on it would take 10 us."""
+    if isinstance(number, Tensor) and number.is_cpu and not needs_dispatch(number, (number,)):
+        return number.item()
+    return number
+
+
 def scalar_of(value: float | Tensor) -> Tensor:
     """As the registered ops take c and λ'."""
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")

@@ -1,6 +1,7 @@
 """DTensors: sharded on classes they are a shard each, sharded on rows as in data parallel training; nothing else."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -91,6 +92,29 @@ def test_every_option(name, probabilities, ranks):
     if not probabilities and "weight" not in options:
         target[4] = -100
     assert_is_of_one_rank(ranks, (4,), (1,), logits, target, options, None)
+
+
+def of_other_widths(_):
+    """Losses and gradients for targets in int64 and in narrower dtypes, plain and DTensors."""
+    mesh = mesh_of((4,))
+    logits, target, _ = problem(N, K, {})
+    target[1] = -100
+    found = []
+    for dims, dtype in itertools.product(((0,), (1,)), (torch.int64, torch.int32, torch.int16, torch.int8)):
+        for given in (target.to(dtype), placed(target, mesh, (0,) if dims == (0,) else (None,)).to(dtype)):
+            leaf = placed(logits, mesh, dims).requires_grad_()
+            loss = self_regularized_entropy(leaf, given, reduction="sum")
+            loss.backward()
+            found.append((dims, whole(loss), whole(leaf.grad)))
+    return found
+
+
+def test_class_indices_of_other_widths(ranks):
+    for found in ranks.run(4, of_other_widths):
+        for dims, loss, gradient in found:
+            _, expected_loss, expected = found[0] if dims == (0,) else found[len(found) // 2]
+            assert torch.equal(loss, expected_loss)
+            assert torch.equal(gradient, expected)
 
 
 def placements_of(_, dims):
@@ -422,6 +446,12 @@ def refused(_):
     note(linear_self_regularized_entropy, placed(features, line, (1,)), placed(weight, line, (None,)), target)
     bias = DTensor.from_local(torch.zeros(K), line, [Replicate()])
     note(linear_self_regularized_entropy, features, placed(weight, line, (0,)), target, linear_bias=bias)
+    note(self_regularized_entropy, on_classes, [1])
+    note(self_regularized_entropy, on_classes, target.float())
+    note(self_regularized_entropy, placed(torch.zeros(N, 3, K), line, (2,)), torch.zeros(N, 3).long())
+    one = placed(torch.tensor(1.0), line, (None,))
+    note(self_regularized_entropy, on_classes, target, denominator=one)
+    note(self_regularized_entropy, logits, target, reg_weight=one)
     note(VocabShard.from_dtensor, placed(logits, line, (None,)))
     note(VocabShard.from_dtensor, placed(logits, square, (1, 1)))
     assert VocabShard.from_dtensor(placed(logits, square, (0, 1))).num_classes == K
@@ -443,6 +473,12 @@ def test_errors_say_what_to_do(ranks):
         "input: expected a DTensor on the mesh of linear_weight",
         "input: expected a DTensor on the mesh of linear_weight",
         "linear_bias: expected a DTensor with linear_weight's placements",
+        "target: expected a tensor, got [1]; torch.as_tensor makes one",
+        "target: expected int64, int32, int16, int8 or uint8 class indices",
+        "target: expected class indices of shape (8, 61) or probabilities of shape (8, 3, 61), got an int64 tensor of "
+        "shape (8, 3); dimension 1 of the logits is the classes",
+        "denominator: expected a plain tensor, got a DTensor; denominator.full_tensor() is one",
+        "reg_weight: expected a plain tensor, got a DTensor; reg_weight.full_tensor() is one",
         "tensor: expected a DTensor that is sharded on classes over one dimension",
         "tensor: expected a DTensor that is sharded on classes over one dimension",
     ]

@@ -583,6 +583,30 @@ def test_functorch(quick_backend):
     torch.testing.assert_close(batched, loss(*tensors, target, reduction="none"))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8], ids=str)
+def test_integers_of_other_widths_as_class_indices(dtype, quick_backend):
+    *tensors, target, _ = linear_problem((N,), D, K, {})
+    target[2] = -100
+    for keywords in ({"backend": quick_backend}, {"backend": quick_backend, "reduction": "none"}):
+        expected, found = (loss_and_gradients(*tensors, t, **keywords) for t in (target, target.to(dtype)))
+        assert all(map(torch.equal, (found[0], *found[1], *found[2]), (expected[0], *expected[1], *expected[2])))
+
+
+def test_of_other_widths_in_transforms_and_while_compiling(row_backend):
+    *tensors, target, _ = linear_problem((N,), D, K, {})
+    x, W, b = (tensor.detach() for tensor in tensors)
+
+    def loss(x, t):
+        return linear_self_regularized_entropy(x, W, t, linear_bias=b, backend=row_backend)
+
+    narrow = target.to(torch.int8)
+    of_samples = torch.vmap(torch.func.grad(loss))
+    assert torch.equal(of_samples(x, narrow), of_samples(x, target))
+    torch.compiler.reset()
+    graph = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(graph(x, narrow), loss(x, target))
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_activation_checkpointing(reduction, use_reentrant, row_backend):

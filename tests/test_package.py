@@ -37,6 +37,7 @@ ORDER = [
     "plan",
     "launch",
     "backend",
+    "messages",
     "shard",
     "checks",
     "layer",
