@@ -11,6 +11,7 @@ The letters, everywhere in the code: N rows, K classes, D features of a linear l
 lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the weight of S, ε label smoothing, α z-loss.
 
     reference.py   the definition, in plain PyTorch
+    eager.py       the same in few operations, for plain autograd
     ops.py         the primitives' signatures, registered with PyTorch
     tiles.py       Triton: the mathematics of a tile of classes
     rows.py        Triton: the numbers of a row
@@ -24,12 +25,15 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
     compiled.py    torch.compile: asked once for every set of options
     fallback.py    torch.compile: the primitives
     backend.py     chooses between them
+    messages.py    what an error says, briefly whatever came
     shard.py       which classes a rank has
     collectives.py what the ranks tell each other
     dtensor.py     DTensors: what of them is here
     checks.py      user input -> errors that say what was expected and what came
+    layer.py       whether a layer is a product with its weight, and no more
     autograd.py    the two ways to the gradient
     loss.py        the public function
+    flops.py       what FlopCounterMode counts
     chunks.py      a linear layer and its loss, a chunk of rows at a time
     linear.py      the public function for both together
     modules.py     the nn.Modules

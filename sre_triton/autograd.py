@@ -22,12 +22,12 @@ DOUBLE_BACKWARD = "sre_triton: the gradient cannot be differentiated again; pass
 
 
 def reduced(losses: Tensor, factor: Tensor, reduction: str, backend: str) -> Tensor:
-    """(4, N) -> () or (N,): a tensor of its own, so that the user may change it in place."""
+    """(N,) -> () or (N,): a tensor of its own, so that the user may change it in place."""
     if reduction == "none":
-        return losses[0].clone()
-    if few_launches(losses[0], backend):
-        return primitives(backend).scaled_sum(losses[0], factor)
-    return losses[0].sum() * factor
+        return losses.clone()
+    if few_launches(losses, backend):
+        return primitives(backend).scaled_sum(losses, factor)
+    return losses.sum() * factor
 
 
 def few_launches(rows: Tensor, backend: str) -> bool:
@@ -68,7 +68,7 @@ class SinglePass(torch.autograd.Function):
             compute = row_primitives.row_gradient_ if inplace else row_primitives.row_gradient
             gradient = compute(rows, target, weight, stats, scale, *options)
             losses = losses.clone()  # not what came in
-        return reduced(losses, factor, reduction, backend), losses, gradient
+        return reduced(losses[0], factor, reduction, backend), losses, gradient
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -114,7 +114,7 @@ class Recompute(torch.autograd.Function):
             losses, stats = primitives(backend).row_loss(rows, target, weight, *options)
         else:
             losses, stats = losses.clone(), stats.clone()  # not what came in
-        return reduced(losses, factor, reduction, backend), losses, stats
+        return reduced(losses[0], factor, reduction, backend), losses, stats
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -1,7 +1,7 @@
 """What the user passes, checked before anything is computed; errors name the argument, what was expected, what came.
 
 Only shapes, dtypes, devices and Python numbers are looked at, so nothing waits for a GPU, and all of it works while
-tracing. The exception is the range of class indices that lie on a CPU.
+tracing. The exceptions are the range of class indices, and λ, that lie on a CPU.
 """
 
 import sys
@@ -10,27 +10,26 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
+from torch.nn.parameter import UninitializedTensorMixin
 
-from .ops import is_watched
+from .messages import of_shape, wrong
+from .ops import is_watched, value_on_cpu
 from .shard import VocabShard
 
+GAPS = (UninitializedTensorMixin, MaskedTensor)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REALS = (*FLOATS, *INDICES, torch.uint16, torch.uint32, torch.uint64)
 REDUCTIONS = ("none", "mean", "sum")
 BACKENDS = (None, "triton", "compile", "eager")
+
+CLASSES_ARE_DIMENSION_1 = "dimension 1 of the logits is the classes: pass input.movedim(-1, 1)"
+AS_TENSOR = "torch.as_tensor makes one of a list, an array or a number"
 
 # From this many classes on, the plain sum S outweighs the cross entropy: measured on Gaussian clusters, accuracy fell
 # from 1.00 to 0.32 at K = 1000 and to 0.00 at K = 10000, where the class mean kept 1.00 and 0.97.
 MANY_CLASSES = 256
-
-
-def _got(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    return repr(value)
-
-
-def _wrong(error: type[Exception], argument: str, expected: str, value: object) -> Exception:
-    return error(f"{argument}: expected {expected}, got {_got(value)}")
 
 
 def _is_number(value: object) -> bool:
@@ -41,17 +40,25 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and type(value).__module__ == "numpy"
 
 
-def _check_number(argument: str, value: object, low: float, high: float, expected: str) -> None:
+def _check_number(argument: str, value: object, low: float, high: float, expected: str, mend: str = "") -> None:
+    """The number is in its range; ``mend`` says what to do instead of 0."""
     if not _is_number(value):
-        raise _wrong(TypeError, argument, expected, value)
+        mend = f"{argument}.item() makes a number of it" if isinstance(value, Tensor) else ""
+        raise wrong(TypeError, argument, expected, value, mend)
     # A comparison of NumPy's scalars with these bounds may overflow. Converting others would lose their symbols.
     if not low <= (value if isinstance(value, (int, float)) else float(value)) <= high:
-        raise _wrong(ValueError, argument, expected, value)
+        raise wrong(ValueError, argument, expected, value, mend if value == 0 else "")
 
 
 def _check_scalar_tensor(argument: str, value: Tensor) -> None:
-    if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
-        raise _wrong(ValueError, argument, "a number or a real tensor of 0 dimensions", value)
+    _check_dense(argument, value)
+    if is_dtensor(value):
+        raise TypeError(f"{argument}: expected a plain tensor, got a DTensor; {argument}.full_tensor() is one")
+    if value.dim() != 0 or value.dtype not in REALS:
+        mend = f"{argument}.squeeze() has none" if value.dtype in REALS and value.numel() == 1 else ""
+        raise wrong(ValueError, argument, "a number or a real tensor of 0 dimensions", value, mend)
+    if value.requires_grad and torch.is_grad_enabled():
+        warn_once(f"a gradient of {argument}")
 
 
 def check_reg_weight(value: object, largest: float = sys.float_info.max) -> None:
@@ -60,12 +67,6 @@ def check_reg_weight(value: object, largest: float = sys.float_info.max) -> None
         _check_scalar_tensor("reg_weight", value)
     else:
         _check_number("reg_weight", value, -largest, largest, "a finite number or a tensor of 0 dimensions")
-
-
-def check_class_weights(value: object) -> None:
-    """Class weights before there are logits."""
-    if value is not None and not isinstance(value, Tensor):
-        raise _wrong(TypeError, "weight", "a tensor of class weights or None", value)
 
 
 def check_options(
@@ -88,17 +89,17 @@ def check_options(
     """The arguments that can be judged alone."""
     largest = sys.float_info.max
     # For smaller c, a probability divided by c leaves the range of float32.
-    _check_number("c", c, 1e-30, 1.0, "a number from 1e-30 to 1")
+    _check_number("c", c, 1e-30, 1.0, "a number from 1e-30 to 1", "for plain cross entropy pass reg_weight=0")
     check_reg_weight(reg_weight)
     if not isinstance(ignore_index, (int, Integral)) or isinstance(ignore_index, bool):
-        raise _wrong(TypeError, "ignore_index", "an int", ignore_index)
+        raise wrong(TypeError, "ignore_index", "an int", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
-        raise _wrong(ValueError, "ignore_index", "an int of 64 bits", ignore_index)
+        raise wrong(ValueError, "ignore_index", "an int of 64 bits", ignore_index)
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise _wrong(ValueError, "reduction", "'none', 'mean' or 'sum'", reduction)
+        raise wrong(ValueError, "reduction", "'none', 'mean' or 'sum'", reduction)
     if denominator is not None:
         if reduction != "mean":
-            raise _wrong(ValueError, "denominator", f"None with reduction={reduction!r}", denominator)
+            raise wrong(ValueError, "denominator", f"None with reduction={reduction!r}", denominator)
         if isinstance(denominator, Tensor):
             _check_scalar_tensor("denominator", denominator)
         else:
@@ -110,14 +111,14 @@ def check_options(
         _check_number("softcap", softcap, 1e-30, 1e30, "None or a number from 1e-30 to 1e30")
     for argument, value in (("class_mean", class_mean), ("recompute", recompute)):
         if value is not None and not isinstance(value, bool):
-            raise _wrong(TypeError, argument, "True, False or None", value)
+            raise wrong(TypeError, argument, "True, False or None", value)
     for argument, value in (("inplace", inplace), ("return_parts", return_parts)):
         if not isinstance(value, bool):
-            raise _wrong(TypeError, argument, "True or False", value)
-    if backend not in BACKENDS:
-        raise _wrong(ValueError, "backend", "None, 'triton', 'compile' or 'eager'", backend)
+            raise wrong(TypeError, argument, "True or False", value)
+    if not (backend is None or isinstance(backend, str)) or backend not in BACKENDS:
+        raise wrong(ValueError, "backend", "None, 'triton', 'compile' or 'eager'", backend)
     if shard is not None and not isinstance(shard, VocabShard):
-        raise _wrong(TypeError, "shard", "a VocabShard or None", shard)
+        raise wrong(TypeError, "shard", "a VocabShard or None", shard)
 
 
 def is_dtensor(value: object) -> bool:
@@ -126,15 +127,41 @@ def is_dtensor(value: object) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def _check_are_tensors(needed: dict[str, object], optional: dict[str, object]) -> None:
+def _check_dense(argument: str, value: Tensor) -> None:
+    """The tensor has a number at each place of its shape, and memory that is laid out by strides."""
+    if value.layout is torch.strided and not value.is_nested and (type(value) is Tensor or not isinstance(value, GAPS)):
+        return
+    if isinstance(value, UninitializedTensorMixin):
+        mend = "the first forward of its module makes it one"
+    elif value.is_nested:
+        mend = f"torch.nested.to_padded_tensor({argument}, ...) is one"
+    elif isinstance(value, MaskedTensor):
+        mend = f"{argument}.to_tensor(...) is one"
+    else:
+        mend = f"{argument}.to_dense() is one"
+    raise wrong(TypeError, argument, "a dense tensor", value, mend)
+
+
+def check_are_tensors(needed: dict[str, object], optional: dict[str, object]) -> None:
+    """Tensors, and such as can be computed with; what is ``optional`` may be None."""
     for argument, value in (needed | optional).items():
-        if not isinstance(value, Tensor) and not (value is None and argument in optional):
-            raise _wrong(TypeError, argument, "a tensor" if argument in needed else "a tensor or None", value)
-        if is_dtensor(value):
-            raise TypeError(f"{argument}: expected a plain tensor, as input is one, got a DTensor")
+        if isinstance(value, Tensor):
+            _check_dense(argument, value)
+        elif value is not None or argument in needed:
+            expected = "a tensor" if argument in needed else "a tensor or None"
+            raise wrong(TypeError, argument, expected, value, "" if value is None else AS_TENSOR)
 
 
-def _check_device(argument: str, value: Tensor, input: Tensor) -> None:
+def _way_to_floats(argument: str, value: Tensor) -> str:
+    """What mends a dtype that is none of ``FLOATS``."""
+    if value.is_complex():
+        return f"{argument}.real and {argument}.abs() are real"
+    return f"{argument}.{'dequantize' if value.is_quantized else 'float'}() converts it"
+
+
+def _check_beside(argument: str, value: Tensor, input: Tensor) -> None:
+    if is_dtensor(value):
+        raise TypeError(f"{argument}: expected a plain tensor, as input is one, got a DTensor")
     if value.device != input.device:
         raise ValueError(f"{argument}: expected a tensor on {input.device}, as input, got one on {value.device}")
 
@@ -142,6 +169,23 @@ def _check_device(argument: str, value: Tensor, input: Tensor) -> None:
 def under_autocast(device: torch.device) -> bool:
     """Whether autocast chooses dtypes on the device."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def check_indices(target: Tensor, logits_shape: torch.Size, dim: int) -> None:
+    """Dtype and shape of class indices; dimension ``dim`` of the logits is the classes."""
+    shape = logits_shape[:dim] + logits_shape[dim + 1 :]
+    fits = target.shape == shape or (len(logits_shape) == 1 and target.shape == (1,))
+    if fits and target.dtype in INDICES:
+        return
+    classes_are_last = not fits and dim < len(logits_shape) - 1 and target.shape == logits_shape[:-1]
+    if target.dtype not in INDICES:
+        expected = "int64, int32, int16, int8 or uint8 class indices, or probabilities shaped as the logits"
+        are_indices = (fits or classes_are_last) and not target.is_quantized
+        mend = "target.long() makes class indices of it" if are_indices else ""
+        raise wrong(TypeError, "target", expected, target, mend)
+    of_indices, of_logits = of_shape(shape), of_shape(logits_shape)
+    expected = f"class indices of shape {of_indices} or probabilities of shape {of_logits}"
+    raise wrong(ValueError, "target", expected, target, CLASSES_ARE_DIMENSION_1 if classes_are_last else "")
 
 
 def _check_target(
@@ -153,49 +197,42 @@ def _check_target(
     logits_shape: torch.Size,
     dim: int,  # of the classes
 ) -> None:
-    _check_device("target", target, input)
+    _check_beside("target", target, input)
     if target.shape == logits_shape:
         if target.dtype not in FLOATS:
-            raise _wrong(TypeError, "target", "floating-point probabilities, since its shape is the logits'", target)
+            expected = "floating-point probabilities, since its shape is the logits'"
+            raise wrong(TypeError, "target", expected, target, _way_to_floats("target", target))
         if ignore_index >= 0:
-            raise _wrong(ValueError, "ignore_index", "a negative number with target probabilities", ignore_index)
+            raise wrong(ValueError, "ignore_index", "a negative number with target probabilities", ignore_index)
     else:
-        if target.dtype not in (torch.int64, torch.uint8):
-            expected = "int64 or uint8 class indices, or probabilities shaped as the logits"
-            raise _wrong(TypeError, "target", expected, target)
-        shape = logits_shape[:dim] + logits_shape[dim + 1 :]
-        if target.shape != shape and not (len(logits_shape) == 1 and target.shape == (1,)):
-            expected = f"class indices of shape {tuple(shape)} or probabilities of shape {tuple(logits_shape)}"
-            raise _wrong(ValueError, "target", expected, target)
+        check_indices(target, logits_shape, dim)
     if weight is None:
         return
+    _check_beside("weight", weight, input)
     if weight.shape != (logits_shape[dim],):
-        raise _wrong(ValueError, "weight", f"a tensor of shape ({logits_shape[dim]},)", weight)
-    _check_device("weight", weight, input)
+        raise wrong(ValueError, "weight", f"a tensor of shape ({logits_shape[dim]},)", weight)
     if weight.dtype not in FLOATS:
-        raise _wrong(TypeError, "weight", "a floating-point tensor", weight)
+        raise wrong(TypeError, "weight", "a floating-point tensor", weight, _way_to_floats("weight", weight))
     if target.shape != logits_shape:
         if weight.dtype != input.dtype and not under_autocast(input.device):
-            raise _wrong(TypeError, "weight", f"the input's dtype, {input.dtype}, with class indices", weight)
+            raise wrong(TypeError, "weight", f"the input's dtype, {input.dtype}, with class indices", weight)
         if weight.requires_grad:
             raise ValueError("weight: expected one that requires no gradient with class indices; detach it")
 
 
-def of_shard(shard: VocabShard | None, target: Tensor, weight: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
+def of_shard(shard: VocabShard, target: Tensor, weight: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
     """Target probabilities and class weights of the shard alone, where they are of all classes."""
-    if shard is None:
-        return target, weight
     num_here = shard.stop - shard.start
-    if isinstance(target, Tensor) and target.is_floating_point() and target.dim() > dim:
+    if target.is_floating_point() and target.dim() > dim:
         if target.shape[dim] not in (num_here, shard.num_classes):
             expected = f"probabilities of {num_here} or {shard.num_classes} classes in dimension {dim}"
-            raise _wrong(ValueError, "target", expected, target)
+            raise wrong(ValueError, "target", expected, target)
         if target.shape[dim] != num_here:
             target = target.narrow(dim, shard.start, num_here)
-    if isinstance(weight, Tensor):
+    if weight is not None:
         if weight.shape not in ((num_here,), (shard.num_classes,)):
             expected = f"a tensor of shape ({num_here},) or ({shard.num_classes},)"
-            raise _wrong(ValueError, "weight", expected, weight)
+            raise wrong(ValueError, "weight", expected, weight)
         if weight.shape[0] != num_here:
             weight = weight[shard.start : shard.stop]
     return target, weight
@@ -214,17 +251,18 @@ def check_tensors(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, shard: VocabShard | None
 ) -> None:
     """Shapes, dtypes and devices: what ``F.cross_entropy`` takes."""
-    _check_are_tensors({"input": input, "target": target}, {"weight": weight})
     if input.dtype not in FLOATS:
-        raise _wrong(TypeError, "input", "float16, bfloat16, float32 or float64 logits", input)
+        expected = "float16, bfloat16, float32 or float64 logits"
+        raise wrong(TypeError, "input", expected, input, _way_to_floats("input", input))
     if input.dim() == 0:
-        raise _wrong(ValueError, "input", "logits of shape (K,), (N, K) or (N, K, d1, ...)", input)
+        raise wrong(ValueError, "input", "logits of shape (K,), (N, K) or (N, K, d1, ...)", input)
     dim = min(1, input.dim() - 1)
     if shard is not None and input.shape[dim] != shard.stop - shard.start:
         expected = f"logits of the shard's {shard.stop - shard.start} classes in dimension {dim}"
-        raise _wrong(ValueError, "input", expected, input)
+        last = dim < input.dim() - 1 and input.shape[-1] == shard.stop - shard.start
+        raise wrong(ValueError, "input", expected, input, CLASSES_ARE_DIMENSION_1 if last else "")
     if shard is None and input.shape[dim] == 0:
-        raise _wrong(ValueError, "input", "at least one class", input)
+        raise wrong(ValueError, "input", "at least one class", input)
     _check_target(target, weight, ignore_index, input=input, logits_shape=input.shape, dim=dim)
 
 
@@ -239,12 +277,11 @@ def check_linear(
     shard: VocabShard | None,
 ) -> None:
     """The same for a linear layer and its loss."""
-    needed = {"input": input, "linear_weight": linear_weight, "target": target}
-    _check_are_tensors(needed, {"linear_bias": linear_bias, "weight": weight})
     if input.dtype not in FLOATS:
-        raise _wrong(TypeError, "input", "float16, bfloat16, float32 or float64 features", input)
+        expected = "float16, bfloat16, float32 or float64 features"
+        raise wrong(TypeError, "input", expected, input, _way_to_floats("input", input))
     if input.dim() == 0:
-        raise _wrong(ValueError, "input", "features of shape (..., D)", input)
+        raise wrong(ValueError, "input", "features of shape (..., D)", input)
     if (
         linear_weight.dim() != 2
         or linear_weight.shape[1] != input.shape[-1]
@@ -252,32 +289,70 @@ def check_linear(
     ):
         classes = "(K, {}), K at least 1," if shard is None else f"({shard.stop - shard.start}, {{}}), of this shard,"
         shape = classes.format(input.shape[-1])
-        expected = f"a tensor of shape {shape} for input of shape {tuple(input.shape)}"
-        raise _wrong(ValueError, "linear_weight", expected, linear_weight)
+        expected = f"a tensor of shape {shape} for input of shape {of_shape(input.shape)}"
+        raise wrong(ValueError, "linear_weight", expected, linear_weight)
     num_classes = linear_weight.shape[0]
     if linear_bias is not None and linear_bias.shape != (num_classes,):
-        raise _wrong(ValueError, "linear_bias", f"a tensor of shape ({num_classes},)", linear_bias)
+        raise wrong(ValueError, "linear_bias", f"a tensor of shape ({num_classes},)", linear_bias)
     for argument, value in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if value is None:
             continue
-        _check_device(argument, value, input)
+        _check_beside(argument, value, input)
         # Autocast brings all dtypes but float64 to one.
         brought = under_autocast(input.device) and torch.float64 not in (value.dtype, input.dtype)
         if value.dtype not in FLOATS or (value.dtype != input.dtype and not brought):
-            raise _wrong(TypeError, argument, f"the input's dtype, {input.dtype}", value)
+            mend = "" if value.dtype in FLOATS else _way_to_floats(argument, value)
+            raise wrong(TypeError, argument, f"the input's dtype, {input.dtype}", value, mend)
     shape = input.shape[:-1] + linear_weight.shape[:1]
     _check_target(target, weight, ignore_index, input=input, logits_shape=shape, dim=input.dim() - 1)
     check_chunk_rows(chunk_rows)
 
 
+def check_size(argument: str, value: object, expected: str = "an int") -> None:
+    """A number of features, classes or rows."""
+    if not isinstance(value, (int, Integral)) or isinstance(value, bool):
+        raise wrong(TypeError, argument, expected, value)
+    if value < 1:
+        raise wrong(ValueError, argument, f"{expected} of at least 1", value)
+    if value >= 2**63:
+        raise wrong(ValueError, argument, f"{expected} of 64 bits", value)
+
+
 def check_chunk_rows(chunk_rows: int | None) -> None:
     """A number of rows, or None."""
-    if chunk_rows is None:
+    if chunk_rows is not None:
+        check_size("chunk_rows", chunk_rows, "None or an int")
+
+
+def check_class_weights(weight: object, sizes: tuple[int, ...] = ()) -> None:
+    """Class weights before there are logits: of one of these sizes, where they are known."""
+    if weight is None:
         return
-    if not isinstance(chunk_rows, (int, Integral)) or isinstance(chunk_rows, bool):
-        raise _wrong(TypeError, "chunk_rows", "None or an int", chunk_rows)
-    if chunk_rows < 1:
-        raise _wrong(ValueError, "chunk_rows", "None or an int of at least 1", chunk_rows)
+    if not isinstance(weight, Tensor):
+        expected = "a tensor of class weights or None"
+        raise wrong(TypeError, "weight", expected, weight, f"{AS_TENSOR}; other options are keywords, such as c=1e-7")
+    _check_dense("weight", weight)
+    if weight.dtype not in FLOATS:
+        raise wrong(TypeError, "weight", "a floating-point tensor", weight, _way_to_floats("weight", weight))
+    if weight.dim() != 1 or (sizes and weight.shape[0] not in sizes):
+        shapes = " or ".join(f"({size},)" for size in dict.fromkeys(sizes or ("K",)))
+        raise wrong(ValueError, "weight", f"a tensor of shape {shapes}", weight)
+
+
+def check_layer(in_features: object, num_classes: object, dtype: object) -> None:
+    """What a linear layer is made of."""
+    check_size("in_features", in_features)
+    check_size("num_classes", num_classes)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
+        raise wrong(TypeError, "dtype", "None, torch.float16, torch.bfloat16, torch.float32 or torch.float64", dtype)
+
+
+def check_features(input: object, linear_weight: Tensor) -> None:
+    """Features for a layer that is there, so that the wrong ones of the two are the features."""
+    check_are_tensors({"input": input, "linear_weight": linear_weight}, {})
+    if input.dim() > 0 and linear_weight.dim() == 2 and input.shape[-1] != linear_weight.shape[1]:
+        expected = f"features of shape (..., {linear_weight.shape[1]}), as the layer takes"
+        raise wrong(ValueError, "input", expected, input)
 
 
 def check_range(target: Tensor, num_classes: int, ignore_index: int) -> bool:
@@ -312,28 +387,56 @@ def check_inplace(input: Tensor) -> None:
             )
 
 
-_warned_of_many_classes = False
-
-
-def _warn_of_many_classes() -> None:
-    global _warned_of_many_classes
-    if not _warned_of_many_classes:
-        _warned_of_many_classes = True
-        warnings.warn(
-            f"The regularizer S sums over the classes, and from K = {MANY_CLASSES} on it outweighs the cross entropy: "
-            "networks then learn little or nothing. Pass class_mean=True to divide it by K - 1, or class_mean=False to "
-            "keep the sum and silence this.",
-            UserWarning,
-            stacklevel=4,
+# What is said once a process, where somebody would wonder about it.
+ONCE = {
+    "many classes": (
+        f"The regularizer S sums over the classes, and from K = {MANY_CLASSES} on it outweighs the cross entropy: "
+        "networks then learn little or nothing. Pass class_mean=True to divide it by K - 1, or class_mean=False to "
+        "keep the sum and silence this."
+    ),
+    "plain autograd": (
+        "target or weight requires a gradient, which only plain autograd gives: on a CPU it takes 10 to 30 times as "
+        "long. If that gradient is not wanted, as of a teacher's probabilities, pass target.detach() (or "
+        "weight.detach()); if it is, backend='eager' silences this."
+    ),
+    "all logits": (
+        "linear: expected a plain nn.Linear without hooks; this one is called, as it may do more than multiply by its "
+        "weight. So all logits, N x K, and their gradient are in memory, and not a chunk of them. To go without them, "
+        "merge the adapter, remove the hooks, or use torch.nn.utils.parametrizations."
+    ),
+    **{
+        f"a gradient of {argument}": (
+            f"{argument} requires a gradient and gets none: no gradient flows through it. Pass {argument}.detach() to "
+            "silence this."
         )
+        for argument in ("reg_weight", "denominator")
+    },
+}
+_warned: set[str] = set()  # of ONCE
+
+
+def warn_once(what: str) -> None:
+    """Warn with a text of ``ONCE``, once a process, at the user's line."""
+    if what in _warned:
+        return
+    _warned.add(what)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("sre_triton.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(ONCE[what], UserWarning, stacklevel=level)
 
 
 # While compiling it runs once, as the graph is traced. (torch.compiler.assume_constant_result sets no more than this
 # attribute, but importing it loads Dynamo.)
-_warn_of_many_classes._dynamo_marked_constant = True
+warn_once._dynamo_marked_constant = True
 
 
 def check_many_classes(num_classes: int, reg_weight: float | Tensor) -> None:
-    """Warn, once a process, where the plain sum over many classes drowns the cross entropy."""
-    if num_classes >= MANY_CLASSES and not isinstance(reg_weight, Tensor) and reg_weight == 1:
-        _warn_of_many_classes()
+    """Warn, once a process, where the plain sum over many classes drowns the cross entropy: unless λ is known as 0."""
+    if num_classes < MANY_CLASSES:
+        return
+    if not torch.compiler.is_compiling():  # which would compile the number in
+        reg_weight = value_on_cpu(reg_weight)
+        if not isinstance(reg_weight, Tensor) and reg_weight == 0:
+            return
+    warn_once("many classes")

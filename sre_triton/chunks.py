@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .backend import primitives
 from .collectives import row_stats, sum_of_weights
-from .ops import NUM_LOSSES, OPTIONS, needs_dispatch, scalar_of
+from .flops import count_flops
+from .ops import NUM_LOSSES, OPTIONS, hidden_from_modes, needs_dispatch, scalar_of
 from .reference import compute_dtype
 from .shard import group_of
 
@@ -93,6 +94,7 @@ def _store(grad_input: Tensor, rows: slice | Tensor, total: Tensor, work: dist.W
     grad_input[rows] = total.to(grad_input.dtype)
 
 
+@hidden_from_modes
 def _compute(
     input: Tensor,
     linear_weight: Tensor,
@@ -218,6 +220,27 @@ def _one_by_one(info, in_dims, *args):
     return tuple(torch.stack(output) for output in zip(*outputs, strict=True)), (0,) * len(outputs[0])
 
 
+def _flops(
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    weight,
+    factor,
+    upstream,
+    backend,
+    chunk_rows,
+    dtype,
+    wanted,
+    *_,
+    out_shape,
+) -> int:
+    """2 N D K for each product, that of the logits and those of gradients. K are the classes of this rank."""
+    of_input, of_weight, _ = wanted
+    (num_rows, num_features), (num_classes, _) = input, linear_weight
+    return 2 * num_rows * num_features * num_classes * (1 + of_input + of_weight)
+
+
 _op = torch.library.custom_op(
     "sre_triton::linear_losses_and_gradients",
     _compute,
@@ -228,6 +251,7 @@ _op = torch.library.custom_op(
 )
 _op.register_fake(_fake)
 _op.register_vmap(_one_by_one)
+count_flops(torch.ops.sre_triton.linear_losses_and_gradients, _flops)
 
 
 def linear_losses_and_gradients(

@@ -31,6 +31,7 @@ from .ops import (
     NUM_SUMS,
     OPTIONS,
     batching_rule,
+    hidden_from_modes,
     needs_dispatch,
     new_numbers,
     scalar_of,
@@ -214,6 +215,7 @@ def row_stats(
     return torch.cat(losses, 1).t().contiguous(), stats, rest
 
 
+@hidden_from_modes
 def _row_loss(logits, target, weight, factor, backend, group, *options) -> tuple[Tensor, Tensor]:
     return row_stats(primitives(backend), logits, target, weight, options, group_of(group), factor)[:2]
 

@@ -4,14 +4,17 @@ What is compiled holds for any number of rows and classes; only to rows of more 
 version, whose sums are in float64. The first call of each version compiles it, for some seconds, and the logger
 "sre_triton" says so. Inductor keeps what it compiled where it always does, in TORCHINDUCTOR_CACHE_DIR.
 
-Without a C++ compiler, and on a GPU without Triton, a pass runs uncompiled; on Apple's MPS and Intel's XPU
-``torch.compile`` is asked as on a CPU. None of these three devices has been tried: there was no such machine.
+Without a C++ compiler or a folder to write to, while ``torch.compile`` is switched off, and on a GPU without Triton, a
+pass runs uncompiled; on Apple's MPS and Intel's XPU ``torch.compile`` is asked as on a CPU. None of these three devices
+has been tried: there was no such machine.
 """
 
 import inspect
 import itertools
 import logging
 import operator
+import os
+import sys
 import threading
 import time
 import types
@@ -29,14 +32,24 @@ NO_COMPILER = (
     "Windows: the Visual Studio build tools), or set CXX to a compiler."
 )
 NO_TRITON = "sre_triton runs uncompiled, several times slower, as torch.compile cannot serve this GPU: {}"
+NO_FILES = (
+    "sre_triton runs uncompiled, several times slower, as torch.compile cannot write its files ({}). "
+    "Set TORCHINDUCTOR_CACHE_DIR to a folder that can be written, with space left."
+)
+FAILED = (
+    "sre_triton runs uncompiled, several times slower, as torch.compile failed ({}: {}); the logger sre_triton has the "
+    "traceback. Please report it"
+)
+SWITCHED_OFF = "sre_triton compiles nothing, and runs uncompiled what is not compiled yet, several times slower: %s"
 
 STAND_IN_ROWS = 96  # of the shape that is compiled for; not a number of classes there
 
 logger = logging.getLogger("sre_triton")
 
 _lock = threading.Lock()
-_compiled: dict[tuple, Callable] = {}
+_compiled: dict[tuple, "_Version"] = {}
 _uncompiled: set[str] = set()  # types of devices that nothing can be compiled for
+_said: set[str] = set()  # why torch.compile was found switched off
 
 
 INDUCTOR = {
@@ -57,7 +70,8 @@ def _stand_in(name: str, arg, is_short: bool):
     if arg is None:
         return None
     num_classes = SHORT // 2 if is_short else 2 * SHORT
-    return arg.new_zeros((num_classes,) if name == "weight" else (STAND_IN_ROWS, num_classes)[: arg.dim()])
+    shape = (num_classes,) if name == "weight" else (STAND_IN_ROWS, num_classes)[: arg.dim()]
+    return torch.zeros(shape, dtype=arg.dtype, device=arg.device)  # not of the class of the argument
 
 
 def _flat(args: tuple) -> list:
@@ -91,44 +105,62 @@ def _hold_for_all_shapes(graph_inputs: list, is_short: bool) -> bool:
     return True
 
 
-def _compile(function: Callable, args: tuple) -> Callable | None:
-    """The function of ``args`` compiled; None where that cannot be.
+def _switched_off() -> str | None:
+    """Why torch.compile would return what it is given, if it would."""
+    from torch._dynamo import config, eval_frame
+
+    if config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "torch.compile is disabled (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE or torch._dynamo.config.disable)"
+    stance = eval_frame._stance
+    if stance.stance == "default" and stance.backend is None:
+        return None
+    return f"torch.compiler.set_stance({stance.stance!r})" + (stance.backend is not None) * " forces another backend"
+
+
+class _Version:
+    """A pass for one set of options and dtypes.
 
     torch.compile is asked once. At each call after that it would take 35 us to check what the key says and to arrange
     the arguments, a third of what 256 rows of 1000 classes take on two cores; so Inductor's own result is called, with
     the arguments in the order in which it was seen to get them. (Unless it is not for all shapes: on a GPU, whose
     indices may have 32 bits.)
+
+    Dynamo keeps what it has seen by code object, and for good. So each version has one of its own, and keeps it when a
+    compilation fails.
     """
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    logits = args[0]
-    what = f"{function.__name__} for {str(logits.dtype).removeprefix('torch.')} logits on {logits.device}"
-    is_short = logits.shape[1] <= SHORT
-    names = inspect.signature(function).parameters
-    stand_ins = tuple(_stand_in(name, arg, is_short) for name, arg in zip(names, args, strict=True))
-    flat = _flat(stand_ins)
-    inner, order, for_all_shapes = None, [], False
-    started = None
+    def __init__(self, function: Callable, logits: Tensor) -> None:
+        self.run: Callable[[tuple], tuple[Tensor, ...]] | None = None  # where it has been compiled
+        self.function = function
+        self.what = f"{function.__name__} for {str(logits.dtype).removeprefix('torch.')} logits on {logits.device}"
+        self.is_short = logits.shape[1] <= SHORT
+        code = function.__code__.replace(co_name=f"{function.__name__}_{len(_compiled)}")
+        options = {"guard_filter_fn": _of_shapes}
+        clone = types.FunctionType(code, function.__globals__)
+        self.checked = torch.compile(clone, backend=self._backend, dynamic=True, fullgraph=True, options=options)
+        self._started: float | None = None
 
-    def compile_inner(*args, **kwargs):
-        nonlocal inner
-        inner = compile_fx_inner(*args, **kwargs)
-        return inner
+    def _backend(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        """What torch.compile calls with the graph."""
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    def backend(graph, inputs):
-        nonlocal for_all_shapes, started
-        if started is None:  # else Dynamo has started again, knowing that a number is a constant
-            started = time.perf_counter()
+        def compile_inner(*args, **kwargs):
+            self._inner = compile_fx_inner(*args, **kwargs)
+            return self._inner
+
+        if self._started is None:  # else Dynamo has started again, knowing that a number is a constant
+            self._started = time.perf_counter()
             text = "compiling %s, once for each set of options: 2 to 15 seconds, unless Inductor has it cached"
-            logger.warning(text, what)
+            logger.warning(text, self.what)
         # The cache of AOTAutograd would return all it makes around Inductor's result; Inductor has its own.
         with torch._functorch.config.patch(enable_autograd_cache=False):
             whole = compile_fx(graph, inputs, compile_inner, dict(INDUCTOR))
-        for_all_shapes = _hold_for_all_shapes(inputs, is_short)
-        logger.info("compiled %s in %.1f s", what, time.perf_counter() - started)
-        started = None
+        self._for_all_shapes = _hold_for_all_shapes(inputs, self.is_short)
+        logger.info("compiled %s in %.1f s", self.what, time.perf_counter() - self._started)
+        self._started = None
 
         def note_order(*inputs):
+            flat, order = self._stand_ins, self._order
             for given in inputs[len(order) :]:
                 same = (x == given if isinstance(given, int) and isinstance(x, int) else x is given for x in flat)
                 order.append(list(same).index(True))
@@ -136,54 +168,89 @@ def _compile(function: Callable, args: tuple) -> Callable | None:
 
         return note_order
 
-    # Dynamo keeps what it compiled by code object: each key has its own.
-    code = function.__code__.replace(co_name=f"{function.__name__}_{len(_compiled)}")
-    clone = types.FunctionType(code, function.__globals__)
-    checked = torch.compile(
-        clone, backend=backend, dynamic=True, fullgraph=True, options={"guard_filter_fn": _of_shapes}
-    )
-    try:
-        checked(*stand_ins)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        missing = (torch._inductor.exc.InvalidCxxCompiler, torch._inductor.exc.CppCompileError)
-        if not isinstance(error.inner_exception, missing):
-            raise
-        warning = NO_COMPILER.format(type(error.inner_exception).__name__)
-    except torch._dynamo.exc.ShortenTraceback as error:
+    def compile(self, args: tuple) -> None:
+        """Compile it for what ``args`` are, on stand-ins for them."""
+        names = inspect.signature(self.function).parameters
+        stand_ins = tuple(_stand_in(name, arg, self.is_short) for name, arg in zip(names, args, strict=True))
+        self._inner, self._for_all_shapes, self._order, self._stand_ins = None, False, [], _flat(stand_ins)
+        try:
+            self.checked(*stand_ins)
+        finally:
+            self._stand_ins = None
+        if self._inner is None:
+            return  # torch.compile was switched off in a way that _switched_off does not know
+        if self._for_all_shapes:
+            inner, pick = self._inner, operator.itemgetter(*self._order)
+            self.run = lambda args: inner(list(pick(_flat(args))))
+        else:
+            self.run = lambda args: (self.function if _switched_off() else self.checked)(*args)
+
+
+def _warning_of(error: Exception) -> str:
+    """What a compilation that ended in an error means."""
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    causes = [error]
+    while (cause := getattr(causes[-1], "inner_exception", None) or causes[-1].__cause__) is not None:
+        causes.append(cause)
+    for cause in causes:
+        if isinstance(cause, (InvalidCxxCompiler, CppCompileError)):
+            return NO_COMPILER.format(type(cause).__name__)
         # What Inductor needs on a GPU, and is not there or does not serve this one.
-        if type(error).__name__ not in ("TritonMissing", "GPUTooOldForTriton"):
-            raise
-        warning = NO_TRITON.format(error)
-    else:
-        if inner is None:  # torch.compile is switched off
+        if type(cause).__name__ in ("TritonMissing", "GPUTooOldForTriton"):
+            return NO_TRITON.format(cause)
+        if isinstance(cause, OSError):
+            return NO_FILES.format(cause)
+    logger.warning("torch.compile failed", exc_info=error)
+    return FAILED.format(type(causes[-1]).__name__, str(causes[-1])[:200])
+
+
+def _compile(key: tuple, function: Callable, args: tuple) -> Callable | None:
+    """The version of a key, compiled now unless another thread has come before; None where that cannot be."""
+    device = args[0].device.type
+    with _lock:
+        version = _compiled.get(key)
+        if version is not None and version.run is not None:
+            return version.run
+        if device in _uncompiled:
             return None
-        if not for_all_shapes:
-            return lambda args: checked(*args)
-        pick = operator.itemgetter(*order)
-        return lambda args: inner(list(pick(_flat(args))))
-    _uncompiled.add(logits.device.type)
-    warnings.warn(warning, RuntimeWarning, stacklevel=2)
+        reason = _switched_off()
+        if reason is None:
+            try:
+                if version is None:
+                    version = _compiled[key] = _Version(function, args[0])
+                version.compile(args)
+                return version.run
+            except Exception as error:
+                _uncompiled.add(device)
+                warnings.warn(_warning_of(error), RuntimeWarning, stacklevel=2)
+                return None
+        if reason not in _said:
+            _said.add(reason)
+            logger.warning(SWITCHED_OFF, reason)
     return None
 
 
-def compiles(logits: Tensor) -> bool:
-    """One row and fewer than eight classes are shapes that would each be compiled anew."""
-    return logits.shape[0] > 1 and logits.shape[1] >= 8 and logits.device.type not in _uncompiled
+def _forced_eager() -> bool:
+    """Whether a stance wants what is compiled already run uncompiled, too."""
+    module = sys.modules.get("torch._dynamo.eval_frame")
+    return module is not None and module._stance.stance == "force_eager"
 
 
-def call(function: Callable, logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, ...]:
-    """A pass, compiled where it can be. All tensors but ``out`` have the dtypes of the arithmetic."""
-    args = logits, target, weight, stats, scale, out, numbers
-    if not compiles(logits):
-        return function(*args)
+def compiled_pass(function: Callable, args: tuple) -> Callable[[tuple], tuple[Tensor, ...]] | None:
+    """What takes the same ``args``, all tensors but ``out`` in the dtypes of the arithmetic, and is compiled.
+
+    None where the function is to run as it is: where nothing can or may be compiled; and for one row and fewer than
+    eight classes, shapes that would each be compiled anew.
+    """
+    logits, target, weight, _, _, out, numbers = args
+    num_rows, num_classes = logits.shape
+    if num_rows <= 1 or num_classes < 8 or logits.device.type in _uncompiled or _forced_eager():
+        return None
     where = logits.dtype, logits.device, numbers.reg_weight.is_cpu
     what = target.dim(), weight is None, None if out is None else out.dtype, *(number is None for number in numbers)
-    key = function, logits.shape[1] > SHORT, *where, *what
-    compiled = _compiled.get(key)
-    if compiled is None:
-        with _lock:
-            compiled = _compiled.get(key) or _compile(function, args)
-            if compiled is None:
-                return function(*args)
-            _compiled[key] = compiled
-    return compiled(args)
+    key = function, num_classes > SHORT, *where, *what
+    version = _compiled.get(key)
+    if version is None or version.run is None:
+        return _compile(key, function, args)
+    return version.run

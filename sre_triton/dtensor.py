@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from .checks import check_indices
+from .messages import short, wrong
 from .shard import VocabShard, sharded_dims, wrong_placements
 
 Dims = list[int | None]  # for each dimension of a mesh, the dimension of a tensor that it shards
@@ -22,9 +24,10 @@ def _local(argument: str, tensor: Tensor, mesh: DeviceMesh, wanted: list[Placeme
     if not isinstance(tensor, DTensor):
         tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
     if tensor.device_mesh != mesh:
-        raise ValueError(f"{argument}: expected a DTensor on {mesh}, as the logits, got one on {tensor.device_mesh}")
+        expected = f"a DTensor on {short(mesh)}, as the logits"
+        raise ValueError(f"{argument}: expected {expected}, got one on {short(tensor.device_mesh)}")
     if any(given not in (want, Replicate()) for given, want in zip(tensor.placements, wanted, strict=True)):
-        raise wrong_placements(argument, tensor, f"with placements {tuple(wanted)} or replicated")
+        raise wrong_placements(argument, tensor, f"with placements {short(tuple(wanted))} or replicated")
     return tensor.redistribute(placements=wanted).to_local()
 
 
@@ -57,6 +60,7 @@ class Layout(NamedTuple):
         """Class indices or probabilities of this rank's rows."""
         wanted = self._placements(target.dim())
         if target.dim() < len(self.shape):
+            check_indices(target, self.shape, self.class_dim)
             return _local("target", target, self.mesh, wanted)
         return self._local("target", target, self.class_dim, wanted)
 
@@ -87,7 +91,7 @@ def _layout(
 
 def _check_shard(shard: VocabShard | None) -> None:
     if shard is not None:
-        raise ValueError(f"shard: expected None with a DTensor, whose placements say what it holds, got {shard}")
+        raise wrong(ValueError, "shard", "None with a DTensor, whose placements say what it holds", shard)
 
 
 def of_logits(
@@ -143,7 +147,7 @@ def of_linear(
         shard = VocabShard.over(linear_weight, 0, class_dims.index(0))
     placements = linear_weight.placements
     if linear_bias is not None and (linear_bias.device_mesh, linear_bias.placements) != (mesh, placements):
-        raise wrong_placements("linear_bias", linear_bias, f"with linear_weight's placements, {placements}")
+        raise wrong_placements("linear_bias", linear_bias, f"with linear_weight's placements, {short(placements)}")
 
     # Each rank's gradient of a parameter is of its own rows. All that redistribute does is to sum them, in backward.
     gradients = [

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .compiled import call, compiles
+from .compiled import compiled_pass
 from .ops import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, primitive
 from .passes import Numbers, gradient_pass, local_class, loss_and_gradient_pass, loss_pass, lse_pass, sums_pass
 from .reference import compute_dtype
@@ -65,9 +65,12 @@ def _run(
     stats = None if stats is None else stats.contiguous()
     scale = None if scale is None else scale.contiguous()
     numbers = numbers_of(dtype, *options)
-    if logits.is_contiguous() and compiles(logits) and numbers.softcap is None:
-        stats = None if stats is None else stats.unbind()
-        packed, *others = call(function, logits, target, weight, stats, scale, out, numbers)
+    compiled = None
+    if logits.is_contiguous() and numbers.softcap is None:
+        args = logits, target, weight, None if stats is None else stats.unbind(), scale, out, numbers
+        compiled = compiled_pass(function, args)
+    if compiled is not None:
+        packed, *others = compiled(args)
         gradient = others[0] if out is None and scale is not None else out
     else:
         if scale is not None and out is None:
@@ -113,7 +116,9 @@ def _blocks(
         z.copy_(logits[rows])
         into = z if out is None or not out.is_contiguous() else out[rows]
         of_rows = None if stats is None else stats[:, rows].unbind(), None if scale is None else scale[rows]
-        packed.append(call(function, z, target[rows], weight, *of_rows, into, numbers)[0])
+        args = z, target[rows], weight, *of_rows, into, numbers
+        compiled = compiled_pass(function, args)
+        packed.append((function(*args) if compiled is None else compiled(args))[0])
         if out is not None and into is z:
             out[rows] = z
     return torch.cat(packed)

@@ -1,19 +1,21 @@
 """A linear layer and the loss together, without the logits in between: the public function and its autograd Functions.
 
 The two ways to the gradient are those of the loss itself. For ``"mean"`` and ``"sum"`` the gradients are computed
-together with the loss, and the backward hands them over. For ``"none"``, whose upstream gradient is a vector, the
-backward computes everything again.
+together with the loss, and the backward hands them over, each when it is asked for. For ``"none"``, whose upstream
+gradient is a vector, the backward computes what it is asked for again.
 """
+
+import operator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import eager
 from .autograd import DOUBLE_BACKWARD, apply, is_functional, reduced
-from .backend import choose, primitives
+from .backend import primitives
 from .checks import (
-    check_backend_of_shard,
+    check_are_tensors,
     check_linear,
     check_many_classes,
     check_options,
@@ -23,7 +25,8 @@ from .checks import (
     under_autocast,
 )
 from .chunks import How, linear_losses_and_gradients
-from .loss import factor_of, is_transformed, per_class_of, result_of, returned, scalars_of, share_of
+from .loss import backend_of, factor_of, is_transformed, per_class_of, result_of, returned, scalars_of, share_of
+from .ops import hidden_from_modes, is_watched
 from .reference import Parts
 from .shard import VocabShard
 
@@ -32,6 +35,22 @@ SECOND_BACKWARD = (
     "backward; pass reduction='none', which computes them in every backward, to run it through the same graph again"
 )
 NO_GRADIENTS = (False, False, False)
+
+
+def _is_asked_for(node: torch.autograd.graph.Node) -> bool:
+    """Whether the backward that runs goes on to a node."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # of a leaf whose gradient autograd.grad is to return, or in no backward at all
+        return True
+
+
+def _asked_for(ctx, wanted: tuple[bool, bool, bool]) -> tuple[bool, ...]:
+    """Which of the gradients the backward that runs is for: pipelines run one for the input's, another for the rest."""
+    if is_watched():
+        return wanted
+    edges = ctx.next_functions
+    return tuple(want and _is_asked_for(edges[i][0]) for i, want in enumerate(wanted))
 
 
 class LinearSinglePass(torch.autograd.Function):
@@ -45,13 +64,13 @@ class LinearSinglePass(torch.autograd.Function):
         how = how._replace(early=how.dtype != torch.float16)
         tensors = input, linear_weight, linear_bias, target, weight, factor
         losses, *gradients, factor = linear_losses_and_gradients(*tensors, None, c, reg_weight, how)
-        return reduced(losses, factor, reduction, how.backend), losses, factor, *gradients
+        return reduced(losses[0], factor, reduction, how.backend), losses, factor, *gradients
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, losses, factor, *gradients = output
         ctx.how = inputs[-1]
-        ctx.handed_over = False
+        ctx.handed_over = NO_GRADIENTS
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses, factor, *(gradients if torch.compiler.is_compiling() else ()))
         ctx.save_for_backward(factor, *gradients)
@@ -61,7 +80,8 @@ class LinearSinglePass(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         if not compiling and any(gradient is not None for gradient in grad_gradients):
             raise RuntimeError(DOUBLE_BACKWARD)
-        if not compiling and ctx.handed_over:
+        asked = _asked_for(ctx, ctx.how.wanted)
+        if not compiling and any(map(operator.and_, asked, ctx.handed_over)):
             raise RuntimeError(SECOND_BACKWARD)
         if grad_loss is None:
             return (None,) * 10
@@ -70,17 +90,20 @@ class LinearSinglePass(torch.autograd.Function):
             # Infinite where no row is counted, and all gradients are 0.
             grad_loss = grad_loss * torch.where(factor.isinf(), 0, factor)
         functional = compiling or is_functional(grad_loss)
+        handed_over = tuple(map(operator.or_, asked, ctx.handed_over))
+        # Autograd would not give the others any more if one of what it has saved had changed.
+        in_place = not functional and handed_over == ctx.how.wanted
         scaled = []
-        for gradient, wanted in zip(gradients, ctx.how.wanted, strict=True):
-            if not wanted:
+        for gradient, ask in zip(gradients, asked, strict=True):
+            if not ask:
                 scaled.append(None)
-            elif functional:
+            elif not in_place:
                 scaled.append(gradient * grad_loss)
             else:
                 rows = gradient.detach() if gradient.dim() == 2 else gradient.detach().unsqueeze(0)
                 scaled.append(primitives(ctx.how.backend).scale_gradient_(rows, grad_loss).view_as(gradient))
         if not functional:
-            ctx.handed_over = True
+            ctx.handed_over = handed_over
         return *scaled, *(None,) * 7
 
 
@@ -94,7 +117,7 @@ class LinearRecompute(torch.autograd.Function):
         tensors = input, linear_weight, linear_bias, target, weight, factor
         how = how._replace(wanted=NO_GRADIENTS)
         losses, *_, factor = linear_losses_and_gradients(*tensors, None, c, reg_weight, how)
-        return reduced(losses, factor, reduction, how.backend), losses, factor
+        return reduced(losses[0], factor, reduction, how.backend), losses, factor
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -115,12 +138,13 @@ class LinearRecompute(torch.autograd.Function):
             number if saved is None else saved
             for saved, number in zip((saved_c, saved_reg_weight), ctx.scalars, strict=True)
         )
-        arguments = *tensors, grad_loss, c, reg_weight, ctx.how
+        asked = _asked_for(ctx, ctx.how.wanted)
+        arguments = *tensors, grad_loss, c, reg_weight, ctx.how._replace(wanted=asked)
         if torch.compiler.is_compiling():
             _, *gradients, _ = linear_losses_and_gradients(*arguments)
         else:
             _, *gradients, _ = apply(_LinearGradients, *arguments, count=3)
-        return *(g if wanted else None for g, wanted in zip(gradients, ctx.how.wanted, strict=True)), *(None,) * 7
+        return *(g if ask else None for g, ask in zip(gradients, asked, strict=True)), *(None,) * 7
 
 
 class _LinearGradients(torch.autograd.Function):
@@ -142,6 +166,7 @@ class _LinearGradients(torch.autograd.Function):
         raise RuntimeError(DOUBLE_BACKWARD)
 
 
+@hidden_from_modes
 def linear_self_regularized_entropy(
     input: Tensor,  # (..., D)
     linear_weight: Tensor,  # (K, D)
@@ -177,10 +202,11 @@ def linear_self_regularized_entropy(
 
     Args:
         input: features (..., D), in float16, bfloat16, float32 or float64; under autocast the logits have its dtype.
-        linear_weight: W (K, D), of the input's dtype, or of any but float64 under autocast.
-        target: class indices (int64 or uint8) of shape (...), or probabilities (..., K) in any floating dtype. For a
-            language model shift the labels, ``labels.roll(-1, 1)`` with the last column set to ``ignore_index``: logits
-            and features that are sliced must be copied.
+        linear_weight: W (K, D), of the input's dtype, or of any but float64 under autocast. A layer that does more than
+            multiply by its weight (an adapter, hooks) is for :class:`LinearSelfRegularizedEntropyLoss`, which calls it.
+        target: class indices (int64, int32, int16, int8 or uint8) of shape (...), or probabilities (..., K) in any
+            floating dtype. For a language model shift the labels, ``labels.roll(-1, 1)`` with the last column set to
+            ``ignore_index``: logits and features that are sliced must be copied.
         linear_bias: b (K,), or None.
         weight: class weights (K,).
         chunk_rows: how many rows make a chunk; the result depends on it by roundings alone. None is chosen so that a
@@ -192,7 +218,7 @@ def linear_self_regularized_entropy(
         ignore_index: rows with this class index have loss 0, and nothing of them reaches any gradient, not even NaN;
             a CPU spends no time on them.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in ``F.cross_entropy``.
-        denominator: with ``"mean"``, divide by this number or 0-dim tensor instead.
+        denominator: with ``"mean"``, divide by this number or 0-dim tensor instead, through which no gradient flows.
         label_smoothing: ε; y becomes (1 - ε) y + ε / K.
         z_loss: α >= 0; adds α lse².
         softcap: s > 0; the logits become s tanh(z / s) first.
@@ -214,8 +240,8 @@ def linear_self_regularized_entropy(
         TypeError, ValueError: an argument is of the wrong type, dtype, shape, device or range.
         IndexError: a class index on a CPU is out of range. On a GPU or inside ``torch.compile`` its row is NaN, and so
             are all gradients of parameters.
-        RuntimeError: in the backward, when it comes a second time (not with ``reduction="none"``) or is differentiated
-            itself (see ``backend``).
+        RuntimeError: in the backward, when a gradient is asked for a second time (not with ``reduction="none"``) or is
+            differentiated itself (see ``backend``).
 
     Example:
         >>> features = torch.randn(2, 16, 64, requires_grad=True)
@@ -242,6 +268,8 @@ def linear_self_regularized_entropy(
         shard=shard,
         backend=backend,
     )
+    needed = {"input": input, "linear_weight": linear_weight, "target": target}
+    check_are_tensors(needed, {"linear_bias": linear_bias, "weight": weight})
     layout = None
     if is_dtensor(input) or is_dtensor(linear_weight):
         from .dtensor import of_linear
@@ -249,7 +277,7 @@ def linear_self_regularized_entropy(
         input, linear_weight, linear_bias, target, weight, shard, layout = of_linear(
             input, linear_weight, linear_bias, target, weight, shard
         )
-    if shard is not None and isinstance(input, Tensor) and input.dim() > 0:
+    if shard is not None and input.dim() > 0:
         target, weight = of_shard(shard, target, weight, dim=input.dim() - 1)
     check_linear(input, linear_weight, linear_bias, target, weight, ignore_index, chunk_rows, shard)
     num_here, num_features = linear_weight.shape
@@ -265,33 +293,8 @@ def linear_self_regularized_entropy(
     rows = input.reshape(-1, num_features)
     target = target.reshape(-1) if indices else target.reshape(rows.shape[0], num_here)
     per_class = per_class_of(class_mean, num_classes)
-    others = (tensor for tensor in (target, weight) if tensor is not None)
-    name = choose(backend, input, torch.is_grad_enabled() and any(tensor.requires_grad for tensor in others))
+    name = backend_of(backend, input, target, weight, shard)
     reduction, share = share_of(layout, reduction, denominator)
-    if shard is not None:
-        check_backend_of_shard(name)
-    if name == "eager":
-        if indices:
-            rows = torch.where((target == ignore_index).unsqueeze(1), 0, rows)
-        loss, parts = reference.self_regularized_entropy(
-            F.linear(rows, linear_weight, linear_bias),
-            target,
-            weight,
-            c=c,
-            reg_weight=reg_weight,
-            class_mean=bool(class_mean),
-            ignore_index=ignore_index,
-            reduction=reduction,
-            denominator=denominator,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-        )
-        if reduction == "none":
-            loss, parts = loss.reshape(shape), Parts(*(part.reshape(shape) for part in parts))
-        if share != 1:
-            loss, parts = share * loss, Parts(*(share * part for part in parts))
-        return returned(loss, parts, layout, reduction, return_parts)
 
     # Where the weights of some targets are in other shards, the sum of all comes with the numbers of the rows.
     divide = shard is not None and weight is not None and indices and reduction == "mean" and denominator is None
@@ -318,11 +321,17 @@ def linear_self_regularized_entropy(
     )
     scalars = scalars_of(c, reg_weight, per_class, name, rows)
 
-    if any(wanted) or is_transformed():
+    if name == "eager":
+        if indices and not none_ignored:
+            rows = torch.where((target == ignore_index).unsqueeze(1), 0, rows)
+        logits = F.linear(rows, linear_weight, linear_bias)
+        loss, losses = eager.row_loss(logits, target, weight, none_ignored, *scalars, *options)
+        loss = reduced(loss, factor, reduction, name)
+    elif any(wanted) or is_transformed():
         function = LinearSinglePass if any(wanted) and reduction != "none" else LinearRecompute
         loss, losses, factor, *_ = apply(function, *tensors, target, weight, factor, *scalars, reduction, how, count=3)
     else:
         losses, *_, factor = linear_losses_and_gradients(*tensors, target, weight, factor, None, *scalars, how)
-        loss = reduced(losses, factor, reduction, name)
+        loss = reduced(losses[0], factor, reduction, name)
     loss, parts = result_of(loss, losses, factor, per_class, reduction=reduction, shape=shape, with_parts=return_parts)
     return returned(loss, parts, layout, reduction, return_parts)

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference
+from . import eager
 from .autograd import Recompute, SinglePass, apply, few_launches, reduced
 from .backend import choose, primitives
 from .checks import (
+    check_are_tensors,
     check_backend_of_shard,
     check_inplace,
     check_many_classes,
@@ -18,9 +19,10 @@ from .checks import (
     check_tensors,
     is_dtensor,
     of_shard,
+    warn_once,
 )
 from .collectives import row_loss
-from .ops import NUM_LOSSES, is_watched, needs_dispatch
+from .ops import NUM_LOSSES, hidden_from_modes, is_watched, value_on_cpu
 from .reference import Parts, compute_dtype, sample_weights
 from .shard import VocabShard
 
@@ -69,9 +71,7 @@ def scalars_of(c, reg_weight, per_class: float, backend: str, rows: Tensor) -> t
             return c, one * reg_weight * per_class
     else:
         c = float(c)
-        # What lies on the CPU is read: nothing is waited for, and operations on it would take 10 us.
-        if isinstance(reg_weight, Tensor) and reg_weight.is_cpu and not needs_dispatch(reg_weight, (reg_weight,)):
-            reg_weight = reg_weight.item()
+        reg_weight = value_on_cpu(reg_weight)
         if not isinstance(reg_weight, Tensor):
             return c, float(reg_weight) * per_class
     device = c.device if isinstance(c, Tensor) else "cpu"
@@ -105,6 +105,20 @@ def result_of(
     return loss, Parts(cross_entropy, regularizer * per_class, z_penalty)
 
 
+def backend_of(
+    backend: str | None, input: Tensor, target: Tensor, weight: Tensor | None, shard: VocabShard | None
+) -> str:
+    """Who computes. The user hears of it where a gradient that nobody may want makes it slow."""
+    others = (tensor for tensor in (target, weight) if tensor is not None)
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in others)
+    name = choose(backend, input, differentiable)
+    if shard is not None:
+        check_backend_of_shard(name)
+    if differentiable and backend is None:
+        warn_once("plain autograd")
+    return name
+
+
 def share_of(layout, reduction: str, denominator) -> tuple[str, float]:
     """How this rank reduces its rows, and which share the mean of them has in the mean of all (dtensor.py)."""
     if layout is None or reduction != "mean" or denominator is not None:
@@ -127,6 +141,7 @@ def _own_rows(rows: Tensor) -> bool:
     return rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] and not rows.is_meta
 
 
+@hidden_from_modes
 def self_regularized_entropy(
     input: Tensor,  # (K,), (N, K) or (N, K, d1, ...)
     target: Tensor,  # class indices (), (N,) or (N, d1, ...), or probabilities shaped as input
@@ -165,17 +180,19 @@ def self_regularized_entropy(
         input: logits, (K,), (N, K) or (N, K, d1, ..., dk), in float16, bfloat16, float32 or float64. The arithmetic
             is float32 (float64 for float64). A logit of -inf masks its class. NaN and +inf spoil their own row only
             (a ``softcap`` makes infinities finite).
-        target: class indices (int64 or uint8) of the input's shape without the class dimension, or probabilities of
-            the input's shape and any floating dtype, whose rows need not sum to 1 (only H is scaled by that sum).
+        target: class indices (int64, int32, int16, int8 or uint8) of the input's shape without the class dimension, or
+            probabilities of the input's shape and any floating dtype, whose rows need not sum to 1 (only H is scaled
+            by that sum).
         weight: class weights (K,). H is weighted as in ``F.cross_entropy``; S and the z-loss of a row are multiplied
             by the weight of its target, sum_j w_j y_j for probabilities.
         c: the probability to which wrong classes are pushed, from 1e-30 to 1.
         reg_weight: λ, finite; a number or a 0-dim tensor, through which no gradient flows.
         class_mean: divide S by K - 1 (0 when K = 1). None is the plain sum, and warns once where it is likely to
-            drown the cross entropy: K >= 256 and ``reg_weight=1``.
+            drown the cross entropy: K >= 256, unless λ is 0. (One on a GPU or in a compiled graph is never read, and
+            counts as not 0.)
         ignore_index: rows with this class index have loss 0 and gradient 0, whatever they hold.
         reduction: ``"mean"`` (over the weights of the rows that are not ignored), ``"sum"`` or ``"none"``.
-        denominator: with ``"mean"``, divide by this number or 0-dim tensor instead.
+        denominator: with ``"mean"``, divide by this number or 0-dim tensor instead, through which no gradient flows.
         label_smoothing: ε; y becomes (1 - ε) y + ε / K.
         z_loss: α >= 0; adds α lse², lse the logsumexp of the row.
         softcap: s > 0; the logits become s tanh(z / s) first.
@@ -187,6 +204,8 @@ def self_regularized_entropy(
             step; a second backward through the graph raises). True keeps seven numbers a row and reads the logits
             again in the backward. None is True for float16, whose small gradients vanish before a loss scaler reaches
             them, and for ``reduction="none"``; else False. "eager" keeps what autograd keeps.
+            Logits that are changed in between through NumPy, which PyTorch does not see, silently change a gradient
+            that is still to be computed.
         return_parts: also return :class:`Parts`.
         shard: which classes the logits are of, where each rank of a process group has some (:class:`VocabShard`): two
             collectives in the forward, none in the backward. ``target`` are the class indices among all classes.
@@ -194,8 +213,9 @@ def self_regularized_entropy(
             needs none.
         backend: ``"triton"`` (kernels for a GPU; on a CPU only in Triton's interpreter; not float64), ``"compile"``
             (``torch.compile``: one loop over the rows), ``"eager"`` (plain autograd, differentiable twice) or None,
-            which chooses: ``"eager"`` where ``target`` or ``weight`` require a gradient and for ``torch.func``
-            transforms inside ``torch.compile``, else ``"triton"`` on a GPU that has it, else ``"compile"``.
+            which chooses: ``"eager"``, slow, where ``target`` or ``weight`` require a gradient (detach what needs none)
+            and for ``torch.func`` transforms inside ``torch.compile``, else ``"triton"`` on a GPU that has it, else
+            ``"compile"``.
 
     Returns:
         The loss, float32 (float64 for float64 logits), a scalar or with ``reduction="none"`` one number a row; with
@@ -235,12 +255,13 @@ def self_regularized_entropy(
         shard=shard,
         backend=backend,
     )
+    check_are_tensors({"input": input, "target": target}, {"weight": weight})
     layout = None
     if is_dtensor(input):
         from .dtensor import of_logits
 
         input, target, weight, shard, layout = of_logits(input, target, weight, shard)
-    if shard is not None and isinstance(input, Tensor) and input.dim() > 0:
+    if shard is not None and input.dim() > 0:
         target, weight = of_shard(shard, target, weight, dim=min(1, input.dim() - 1))
     check_tensors(input, target, weight, ignore_index, shard)
     dim = min(1, input.dim() - 1)
@@ -255,29 +276,8 @@ def self_regularized_entropy(
     if class_mean is None:
         check_many_classes(num_classes, reg_weight)
 
-    others = (tensor for tensor in (target, weight) if tensor is not None)
-    name = choose(backend, input, torch.is_grad_enabled() and any(tensor.requires_grad for tensor in others))
+    name = backend_of(backend, input, target, weight, shard)
     reduction, share = share_of(layout, reduction, denominator)
-    if shard is not None:
-        check_backend_of_shard(name)
-    if name == "eager":
-        loss, parts = reference.self_regularized_entropy(
-            input,
-            target,
-            weight,
-            c=c,
-            reg_weight=reg_weight,
-            class_mean=bool(class_mean),
-            ignore_index=ignore_index,
-            reduction=reduction,
-            denominator=denominator,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-        )
-        if share != 1:
-            loss, parts = share * loss, Parts(*(share * part for part in parts))
-        return returned(loss, parts, layout, reduction, return_parts)
 
     rows = _as_rows(input)
     target = target.flatten() if indices else _as_rows(target)
@@ -301,7 +301,10 @@ def self_regularized_entropy(
             counted = (target != ignore_index) & (target >= 0) & (target < num_classes)
             factor = factor / torch.where(counted, stats[4], 0).sum()
 
-    if wants_gradient or is_transformed():
+    if name == "eager":
+        loss, losses = eager.row_loss(rows, target, weight, none_ignored, *options[:-2])  # without those of a shard
+        loss = reduced(loss, factor, reduction, name)
+    elif wants_gradient or is_transformed():
         inplace = inplace and wants_gradient and not is_watched() and _own_rows(rows)
         if not wants_gradient:
             recompute = True
@@ -312,7 +315,7 @@ def self_regularized_entropy(
     else:
         if shard is None:
             losses, _ = primitives(name).row_loss(rows, target, weight, *options)
-        loss = reduced(losses, factor, reduction, name)
+        loss = reduced(losses[0], factor, reduction, name)
     shape = input.shape[:dim] + input.shape[dim + 1 :]
     loss, parts = result_of(loss, losses, factor, per_class, reduction=reduction, shape=shape, with_parts=return_parts)
     return returned(loss, parts, layout, reduction, return_parts)

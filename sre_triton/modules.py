@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 
 from .checks import (
-    MANY_CLASSES,
     check_chunk_rows,
     check_class_weights,
-    check_many_classes,
+    check_features,
+    check_layer,
     check_options,
     check_reg_weight,
     is_dtensor,
+    warn_once,
 )
+from .layer import features_of
 from .linear import linear_self_regularized_entropy
 from .loss import self_regularized_entropy
+from .messages import wrong
 from .reference import Parts
 from .shard import VocabShard
 
@@ -52,14 +55,20 @@ class _Loss(torch.nn.Module):
         self._check(**options)
         reg_weight = options.pop("reg_weight")
         check_reg_weight(reg_weight, LARGEST)
+        shard, sizes = options["shard"], ()
+        if shard is not None:
+            sizes = shard.stop - shard.start, shard.num_classes
+        elif "num_classes" in arguments:
+            sizes = (arguments["num_classes"],)
+        check_class_weights(arguments["weight"], sizes)
         self.register_buffer("weight", arguments["weight"])
         for name, value in options.items():
             setattr(self, name, value)
         if isinstance(reg_weight, Tensor):
-            self._was_1, self._last_value = False, math.nan
+            self._last_value = math.nan
             reg_weight = reg_weight.detach().float()
         else:
-            self._was_1, self._last_value = reg_weight == 1, float(reg_weight)
+            self._last_value = float(reg_weight)
             device = torch.get_default_device() if device is None else torch.device(device)
             # A module on "meta" gets its parameters from a checkpoint, which does not have this.
             device = "cpu" if device.type == "meta" else device
@@ -83,7 +92,6 @@ class _Loss(torch.nn.Module):
             self._local_reg_weight().copy_(value.detach())
             return
         self._local_reg_weight().fill_(value)
-        self._was_1 |= value == 1
         self._last_value = float(value)  # which "meta" does not keep
 
     def _local_reg_weight(self) -> Tensor:
@@ -105,13 +113,6 @@ class _Loss(torch.nn.Module):
 
     def _options(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in self._DEFAULTS} | {"reg_weight": self._local_reg_weight()}
-
-    def _check_many_classes(self, num_classes: int) -> None:
-        if self.class_mean is None:
-            num_classes = num_classes if self.shard is None else self.shard.num_classes
-            # In this order, so that nothing is compiled again when λ comes to 1 where it does not matter.
-            if num_classes >= MANY_CLASSES and self._was_1:
-                check_many_classes(num_classes, 1)
 
     def extra_repr(self) -> str:
         """The options that are not the defaults."""
@@ -168,16 +169,18 @@ class SelfRegularizedEntropyLoss(_Loss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Parts]:
         """The loss of logits (K,), (N, K) or (N, K, d1, ...) and class indices or probabilities."""
-        result = self_regularized_entropy(input, target, self.weight, **self._options())
-        self._check_many_classes(input.shape[min(1, input.dim() - 1)])
-        return result
+        return self_regularized_entropy(input, target, self.weight, **self._options())
 
 
 class LinearSelfRegularizedEntropyLoss(_Loss):
     """A classifier's linear layer and its loss: :func:`sre_triton.linear_self_regularized_entropy` as a module.
 
-    It takes features and never makes all logits. ``module.linear(features)`` makes them, to predict with. (To shard it,
-    FSDP2 is to wrap this module or one around it, as its forward does not call that of ``linear``.)
+    It takes features and never makes all logits. ``module.linear(features)`` makes them, to predict with.
+
+    That is so while ``linear`` is a plain ``nn.Linear``, ``torch.nn.utils.parametrizations`` of its weight included.
+    Where it may be more (an adapter such as LoRA, a subclass with a forward of its own, hooks, a quantized weight,
+    FSDP2 around ``linear`` alone), the forward calls it once, and takes the loss of what it returns. Logits and their
+    gradient are then in memory, ``chunk_rows`` means nothing, and a warning says so once.
 
     Args:
         in_features: D.
@@ -220,17 +223,34 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        check_layer(in_features, num_classes, dtype)
         self._keep(locals(), device)
         if shard is not None and shard.num_classes != num_classes:
-            raise ValueError(f"shard: expected one of {num_classes} classes, as num_classes, got {shard}")
+            raise wrong(ValueError, "shard", f"one of {num_classes} classes, as num_classes", shard)
         num_here = num_classes if shard is None else shard.stop - shard.start
         self.linear = torch.nn.Linear(in_features, num_here, bias=bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Parts]:
         """The loss of features (..., D) and class indices (...) or probabilities (..., K)."""
         linear = self.linear
-        result = linear_self_regularized_entropy(
-            input, linear.weight, target, linear_bias=linear.bias, weight=self.weight, **self._options()
+        features = features_of(linear, input)
+        if features is None:
+            return self._of_logits(linear(input), target)
+        linear_weight = linear.weight  # once, as a parametrization computes it
+        check_features(features, linear_weight)
+        return linear_self_regularized_entropy(
+            features, linear_weight, target, linear_bias=linear.bias, weight=self.weight, **self._options()
         )
-        self._check_many_classes(linear.weight.shape[0])
-        return result
+
+    def _of_logits(self, logits: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Parts]:
+        """The same of logits (..., K)."""
+        warn_once("all logits")
+        options = self._options()
+        del options["chunk_rows"]
+        linear_weight = getattr(self.linear, "weight", None)
+        if is_dtensor(linear_weight) and not is_dtensor(logits) and logits.shape[-1] != linear_weight.shape[0]:
+            options["shard"] = VocabShard.from_dtensor(linear_weight)
+        if logits.dim() > 2:
+            target = target.movedim(-1, 1) if target.dim() == logits.dim() else target
+            logits = logits.movedim(-1, 1)
+        return self_regularized_entropy(logits, target, self.weight, **options)

@@ -103,6 +103,24 @@ def is_watched() -> bool:
     )
 
 
+def hidden_from_modes(function: Callable) -> Callable:
+    """The function, of which a ``TorchFunctionMode`` sees nothing unless it is called with ``backend="eager"``.
+
+    What is compiled cannot show itself to modes, and kernels have nothing to show. So that the same call has the same
+    result everywhere, the operations around them are not shown either. (A backward shows itself to no mode: PyTorch
+    has set them all aside by then.)
+    """
+
+    @functools.wraps(function)
+    def call(*args, **keywords):
+        if not torch._C._len_torch_function_stack() or keywords.get("backend") == "eager":
+            return function(*args, **keywords)
+        with torch._C.DisableTorchFunction():
+            return function(*args, **keywords)
+
+    return call
+
+
 def is_batched(tensor: object) -> bool:
     """Whether ``torch.autograd.grad(is_grads_batched=True)`` runs, whose tensors hide their batch dimension."""
     return isinstance(tensor, Tensor) and torch._C._functorch.is_legacy_batchedtensor(tensor)
@@ -112,6 +130,13 @@ def needs_dispatch(logits: Tensor, args: tuple) -> bool:
     """Whether the call must pass PyTorch's dispatcher: for a watcher, or for tensors that are not plain."""
     plain = type(logits) in (Tensor, torch.nn.Parameter) and not logits.is_meta
     return not plain or is_watched() or any(map(is_batched, args))
+
+
+def value_on_cpu(number: float | Tensor) -> float | Tensor:
+    """A number that lies on the CPU is read: nothing is waited for, and operations on it would take 10 us."""
+    if isinstance(number, Tensor) and number.is_cpu and not needs_dispatch(number, (number,)):
+        return number.item()
+    return number
 
 
 def scalar_of(value: float | Tensor) -> Tensor:
@@ -160,6 +185,7 @@ def primitive(backend: str) -> Callable[[Callable], Callable]:
         name = function.__name__
         primitive = PRIMITIVES[name]
 
+        @hidden_from_modes
         def contiguous(*args):
             outs = function(*args)
             return outs.contiguous() if isinstance(outs, Tensor) else tuple(out.contiguous() for out in outs)

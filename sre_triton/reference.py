@@ -5,7 +5,7 @@
     S = -sum_j (1 - y_j) R(p_j)                   self-regularized entropy
     loss = H + w α lse² - w λ' S                  w the sample's weight, λ' = λ or λ/(K-1)
 
-Nothing here is clever. It is what ``backend="eager"`` runs and what the other backends are measured against.
+Nothing here is clever. It is what all backends are measured against.
 """
 
 import math

@@ -3,6 +3,8 @@
 import math
 from numbers import Real
 
+from .messages import wrong
+
 SHAPES = {
     "linear": lambda x: x,
     "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
@@ -43,9 +45,9 @@ def ramp(step: float, num_steps: float, shape: str = "linear") -> float:
     """
     for argument, value in (("step", step), ("num_steps", num_steps)):
         if not isinstance(value, Real) or isinstance(value, bool):
-            raise TypeError(f"{argument}: expected a number of 0 or more, got {value!r}")
+            raise wrong(TypeError, argument, "a number of 0 or more", value)
         if not 0 <= value < math.inf:
-            raise ValueError(f"{argument}: expected a number of 0 or more, got {value!r}")
-    if shape not in SHAPES:
-        raise ValueError(f"shape: expected one of {', '.join(map(repr, SHAPES))}, got {shape!r}")
-    return SHAPES[shape](min(step / num_steps, 1.0)) if num_steps else 1.0
+            raise wrong(ValueError, argument, "a number of 0 or more", value)
+    if not isinstance(shape, str) or shape not in SHAPES:
+        raise wrong(ValueError, "shape", f"one of {', '.join(map(repr, SHAPES))}", shape)
+    return SHAPES[shape](step / num_steps) if step < num_steps else 1.0

@@ -6,6 +6,8 @@ from numbers import Integral
 import torch
 import torch.distributed as dist
 
+from .messages import short, wrong
+
 
 def _chunk(num_classes: int, num_shards: int, index: int) -> tuple[int, int]:
     """Where the shard of that index begins and ends, by the rule of ``torch.chunk`` and DTensor."""
@@ -54,15 +56,12 @@ class VocabShard:
 
     def __init__(self, start: int, stop: int, num_classes: int, group: "dist.ProcessGroup | None" = None) -> None:
         for argument, value in (("start", start), ("stop", stop), ("num_classes", num_classes)):
-            if not isinstance(value, (int, Integral)) or isinstance(value, bool):
-                raise TypeError(f"{argument}: expected an int, got {value!r}")
+            _check_int(argument, value)
             object.__setattr__(self, argument, int(value))
         if not 0 <= start <= stop <= num_classes or num_classes == 0:
-            got = f"start={start}, stop={stop}, num_classes={num_classes}"
+            got = f"start={short(start)}, stop={short(stop)}, num_classes={short(num_classes)}"
             raise ValueError(f"shard: expected 0 <= start <= stop <= num_classes and a class at least, got {got}")
-        if group is not None and not isinstance(group, dist.ProcessGroup):
-            raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {group!r}")
-        group = group or _default_group()
+        group = _checked_group(group)
         object.__setattr__(self, "name", DEFAULT_GROUP if group is dist.group.WORLD else group.group_name)
 
     @property
@@ -78,7 +77,8 @@ class VocabShard:
             num_classes: K.
             group: as above; the calling process is one of its ranks.
         """
-        group = group or _default_group()
+        _check_int("num_classes", num_classes)
+        group = _checked_group(group)
         return cls(*_chunk(num_classes, dist.get_world_size(group), dist.get_rank(group)), num_classes, group)
 
     @classmethod
@@ -92,6 +92,8 @@ class VocabShard:
             placements other than ``Shard`` and ``Replicate``.
         """
         expected = "that is sharded on classes over one dimension of its mesh"
+        if not hasattr(tensor, "placements"):
+            raise wrong(TypeError, "tensor", f"a DTensor {expected}", tensor)
         dims = sharded_dims("tensor", tensor, expected)
         sharded = set(dims) - {None}
         dim = sharded.pop() if len(sharded) == 1 else 1
@@ -107,30 +109,38 @@ class VocabShard:
         return cls(*ends, num_classes, mesh.get_group(mesh_dim))
 
 
-def _default_group() -> "dist.ProcessGroup":
-    if not (dist.is_available() and dist.is_initialized()):
+def _check_int(argument: str, value: object) -> None:
+    if not isinstance(value, (int, Integral)) or isinstance(value, bool):
+        raise wrong(TypeError, argument, "an int", value)
+
+
+def _checked_group(group: "dist.ProcessGroup | None") -> "dist.ProcessGroup":
+    """The group; None is that of all processes."""
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise wrong(TypeError, "group", "a torch.distributed.ProcessGroup or None", group)
+    if group is None and not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("group: expected torch.distributed to be initialized (init_process_group)")
-    return dist.group.WORLD
+    return group or dist.group.WORLD
 
 
 def group_of(name: str) -> "dist.ProcessGroup":
     """The group of a shard. Ops take no process group, but its name."""
     if name == DEFAULT_GROUP:
-        return _default_group()
+        return _checked_group(None)
     try:
         return dist.distributed_c10d._resolve_process_group(name)
     except RuntimeError:
-        _default_group()
+        _checked_group(None)
         raise RuntimeError(
-            f"group: expected the process group {name!r}, for which the shard was made, to be there on this rank, got "
-            "none of that name; make the same groups in the same order (new_group), or another VocabShard"
+            f"group: expected the process group {short(name)}, for which the shard was made, to be there on this rank, "
+            "got none of that name; make the same groups in the same order (new_group), or another VocabShard"
         ) from None
 
 
 def wrong_placements(argument: str, tensor: "torch.distributed.tensor.DTensor", expected: str) -> ValueError:
     """What is wrong, and what to do."""
     return ValueError(
-        f"{argument}: expected a DTensor {expected}, got placements {tensor.placements}; "
+        f"{argument}: expected a DTensor {expected}, got placements {short(tensor.placements)}; "
         f"use {argument}.redistribute(placements=...)"
     )
 

@@ -26,8 +26,8 @@ def _poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def _warned(monkeypatch):
-    """The once-a-process warning is spent; tests of it set this back."""
-    monkeypatch.setattr(checks, "_warned_of_many_classes", True)
+    """What is said once a process has been said; tests of it set this back."""
+    monkeypatch.setattr(checks, "_warned", set(checks.ONCE))
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def wrapped(model, wrap, group):
     from torch.distributed.fsdp import fully_shard  # slow to import
 
     mesh = torch.distributed.device_mesh.DeviceMesh.from_group(group, torch.get_default_device().type)
-    fully_shard(model.head, mesh=mesh)
+    fully_shard(model.head.linear if wrap == "fsdp2 of the layer" else model.head, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
@@ -57,7 +57,7 @@ def gradients_of(group, make, wrap, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2", "fsdp2 of the layer"])
 @pytest.mark.parametrize("make", [Plain, linear])
 def test_on_two_ranks(make, wrap, reduction, ranks):
     for gradients, alone in ranks.run(2, gradients_of, make, wrap, reduction):

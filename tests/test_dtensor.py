@@ -1,6 +1,7 @@
 """DTensors: sharded on classes they are a shard each, sharded on rows as in data parallel training; nothing else."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -91,6 +92,29 @@ def test_every_option(name, probabilities, ranks):
     if not probabilities and "weight" not in options:
         target[4] = -100
     assert_is_of_one_rank(ranks, (4,), (1,), logits, target, options, None)
+
+
+def of_other_widths(_):
+    """Losses and gradients for targets in int64 and in narrower dtypes, plain and DTensors."""
+    mesh = mesh_of((4,))
+    logits, target, _ = problem(N, K, {})
+    target[1] = -100
+    found = []
+    for dims, dtype in itertools.product(((0,), (1,)), (torch.int64, torch.int32, torch.int16, torch.int8)):
+        for given in (target.to(dtype), placed(target, mesh, (0,) if dims == (0,) else (None,)).to(dtype)):
+            leaf = placed(logits, mesh, dims).requires_grad_()
+            loss = self_regularized_entropy(leaf, given, reduction="sum")
+            loss.backward()
+            found.append((dims, whole(loss), whole(leaf.grad)))
+    return found
+
+
+def test_class_indices_of_other_widths(ranks):
+    for found in ranks.run(4, of_other_widths):
+        for dims, loss, gradient in found:
+            _, expected_loss, expected = found[0] if dims == (0,) else found[len(found) // 2]
+            assert torch.equal(loss, expected_loss)
+            assert torch.equal(gradient, expected)
 
 
 def placements_of(_, dims):
@@ -283,26 +307,88 @@ def test_linear(mesh_shape, row_dims, class_dims, reduction, bias, ranks):
         torch.testing.assert_close(found, (loss.detach(), parts[1], gradients), rtol=1e-5, atol=1e-5)
 
 
-def head_on_mesh(_):
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+def doubled(module, args, output):
+    return 2 * output
+
+
+def style_of(name):
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    return {
+        "columns": ColwiseParallel(),
+        "columns, whole logits": ColwiseParallel(output_layouts=Replicate()),
+        "columns, DTensor": ColwiseParallel(use_local_output=False),
+        "columns, sequence": ColwiseParallel(input_layouts=Shard(0)),
+        "rows": RowwiseParallel(input_layouts=Replicate()),
+    }[name]
+
+
+def head_on_mesh(group, name, hook, compiled):
+    from torch.distributed.tensor.parallel import parallelize_module
 
     input, *_, target, _ = linear_problem((N,), D, K, {})
-    losses = []
+    found = []
     for sharded in (False, True):
         torch.manual_seed(0)
-        head = LinearSelfRegularizedEntropyLoss(D, K, bias=True)
+        head, x = LinearSelfRegularizedEntropyLoss(D, K, bias=True), input.detach()
         if sharded:
-            parallelize_module(head, mesh_of((4,)), {"linear": ColwiseParallel()})
-        loss = head(input, target)
+            parallelize_module(head, mesh_of((4,)), {"linear": style_of(name)})
+            x = x.chunk(4)[group.rank()].clone() if "sequence" in name else x
+        if hook:
+            head.linear.register_forward_hook(doubled)
+        x = x.requires_grad_()
+        loss = (torch.compile(head, fullgraph=True, backend="aot_eager") if sharded and compiled else head)(x, target)
         loss.backward()
-        gradient = head.linear.weight.grad
-        losses.append((whole(loss), whole(gradient)) if sharded else (loss, gradient))
-    return losses
+        of_input = x.grad * 1  # waits for a sum over the ranks
+        of_input = of_input.chunk(4)[group.rank()] if "sequence" in name and not sharded else of_input
+        tensors = loss, head.linear.weight.grad, head.linear.bias.grad
+        found.append([of_input, *(whole(tensor) if hasattr(tensor, "placements") else tensor for tensor in tensors)])
+    return found
 
 
-def test_the_head_in_parallelize_module(ranks):
-    for alone, sharded in ranks.run(4, head_on_mesh):
+@pytest.mark.parametrize(
+    ("name", "hook", "compiled"),
+    [
+        ("columns", False, False),
+        ("columns, whole logits", False, False),
+        ("columns, DTensor", False, False),
+        ("columns, sequence", False, False),
+        ("columns", False, True),
+        ("columns", True, False),
+        ("columns, whole logits", True, False),
+        ("columns, DTensor", True, False),
+        ("columns, sequence", True, False),
+        ("rows", False, False),
+    ],
+)
+def test_the_head_in_parallelize_module(name, hook, compiled, ranks):
+    for alone, sharded in ranks.run(4, head_on_mesh, name, hook, compiled):
         torch.testing.assert_close(sharded, alone)
+
+
+def in_own_style(_):
+    """A style of the user's own, which does more than to lay out."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+
+    def partition(_, linear, mesh):
+        for name, parameter in list(linear.named_parameters()):
+            placed = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
+            linear.register_parameter(name, torch.nn.Parameter(placed))
+
+    def place(_, inputs, mesh):
+        return (DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False),)
+
+    torch.manual_seed(0)
+    head, input, target = LinearSelfRegularizedEntropyLoss(D, K), torch.randn(N, D), torch.randint(K, (N,))
+    expected = self_regularized_entropy(2 * head.linear(input), target)
+    distribute_module(head.linear, mesh_of((4,)), partition, place, lambda _, logits, mesh: 2 * logits)
+    return whole(head(input, target)), expected
+
+
+def test_a_style_of_the_users_own(ranks):
+    for found, expected in ranks.run(4, in_own_style):
+        torch.testing.assert_close(found, expected)
 
 
 def distributed(_):
@@ -360,6 +446,12 @@ def refused(_):
     note(linear_self_regularized_entropy, placed(features, line, (1,)), placed(weight, line, (None,)), target)
     bias = DTensor.from_local(torch.zeros(K), line, [Replicate()])
     note(linear_self_regularized_entropy, features, placed(weight, line, (0,)), target, linear_bias=bias)
+    note(self_regularized_entropy, on_classes, [1])
+    note(self_regularized_entropy, on_classes, target.float())
+    note(self_regularized_entropy, placed(torch.zeros(N, 3, K), line, (2,)), torch.zeros(N, 3).long())
+    one = placed(torch.tensor(1.0), line, (None,))
+    note(self_regularized_entropy, on_classes, target, denominator=one)
+    note(self_regularized_entropy, logits, target, reg_weight=one)
     note(VocabShard.from_dtensor, placed(logits, line, (None,)))
     note(VocabShard.from_dtensor, placed(logits, square, (1, 1)))
     assert VocabShard.from_dtensor(placed(logits, square, (0, 1))).num_classes == K
@@ -381,6 +473,12 @@ def test_errors_say_what_to_do(ranks):
         "input: expected a DTensor on the mesh of linear_weight",
         "input: expected a DTensor on the mesh of linear_weight",
         "linear_bias: expected a DTensor with linear_weight's placements",
+        "target: expected a tensor, got [1]; torch.as_tensor makes one",
+        "target: expected int64, int32, int16, int8 or uint8 class indices",
+        "target: expected class indices of shape (8, 61) or probabilities of shape (8, 3, 61), got an int64 tensor of "
+        "shape (8, 3); dimension 1 of the logits is the classes",
+        "denominator: expected a plain tensor, got a DTensor; denominator.full_tensor() is one",
+        "reg_weight: expected a plain tensor, got a DTensor; reg_weight.full_tensor() is one",
         "tensor: expected a DTensor that is sharded on classes over one dimension",
         "tensor: expected a DTensor that is sharded on classes over one dimension",
     ]

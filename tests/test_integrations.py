@@ -12,7 +12,7 @@ import torch
 from helpers import loss_and_gradient
 from torch._dynamo.utils import counters
 
-from sre_triton import SelfRegularizedEntropyLoss, self_regularized_entropy
+from sre_triton import LinearSelfRegularizedEntropyLoss, SelfRegularizedEntropyLoss, self_regularized_entropy
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"lightning", "monitoring", "pytorch", "sharded_classes", "timm", "transformers"}
@@ -257,3 +257,42 @@ def test_transformers(tmp_path, monkeypatch, uncompiled):
     trainer = Trainer(ViTForImageClassification(vit), args, train_dataset=images, compute_loss_func=names["loss"])
     trainer.train()
     assert (trainer.predict(images).predictions.argmax(1) == range(8)).all()
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "rslora, dropout", "modules_to_save", "merged"])
+def test_peft_on_the_heads_layer(name, uncompiled):
+    peft = pytest.importorskip("peft")
+    N, D, K = 6, 8, 20
+    torch.manual_seed(1)
+    x, y = torch.randn(N, D), torch.randint(K, (N,))
+
+    def model():
+        torch.manual_seed(0)
+        body, head = torch.nn.Linear(D, D), LinearSelfRegularizedEntropyLoss(D, K)
+        options = {
+            "lora": {"target_modules": ["head.linear"], "init_lora_weights": False},
+            "dora": {"target_modules": ["head.linear"], "use_dora": True, "init_lora_weights": False},
+            "rslora, dropout": {
+                "target_modules": ["head.linear"], "use_rslora": True, "lora_dropout": 0.5, "init_lora_weights": False,
+            },
+            "modules_to_save": {"target_modules": ["body"], "modules_to_save": ["linear"]},
+            "merged": {"target_modules": ["head.linear"], "init_lora_weights": False},
+        }[name]  # fmt: skip
+        layers = torch.nn.ModuleDict({"body": body, "head": head})
+        found = peft.get_peft_model(layers, peft.LoraConfig(r=2, **options))
+        return found.merge_and_unload().requires_grad_() if name == "merged" else found.base_model.model
+
+    def step(fused):
+        network = model()
+        torch.manual_seed(2)
+        features, head = network["body"](x), network["head"]
+        loss = head(features, y) if fused else self_regularized_entropy(head.linear(features), y, backend="eager")
+        loss.backward()
+        gradients = {n: p.grad for n, p in network.named_parameters() if p.requires_grad}
+        assert all(gradient is not None for gradient in gradients.values())
+        assert (type(head.linear) is torch.nn.Linear) == (name == "merged")
+        return loss.detach(), gradients
+
+    found, expected = step(True), step(False)
+    torch.testing.assert_close(found, expected)
+    assert found[1]

@@ -284,6 +284,142 @@ def test_gradients_are_handed_over_once(row_backend):
     torch.testing.assert_close(W.grad, 2 * once)
 
 
+# -- a backward in parts ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_each_gradient_is_handed_over_when_it_is_asked_for(reduction, order, upstream, uncompiled):
+    *tensors, target, _ = linear_problem((N,), D, K, {})
+    options = {"reduction": reduction}
+    of_rows = torch.full((N,) if reduction == "none" else (), upstream)
+    expected = loss_and_gradients(*tensors, target, upstream=of_rows, **options)[2]
+    x, W, b = (tensor.detach().requires_grad_() for tensor in tensors)
+    features = x * 1  # one gradient is a leaf's, one is on its way
+    for ask in (torch.autograd.grad, torch.autograd.backward):
+        loss = linear_self_regularized_entropy(features, W, target, linear_bias=b, **options)
+        found = {}
+        for i in order:
+            leaf = (x, W, b)[i]
+            if ask is torch.autograd.grad:
+                (found[i],) = ask(loss, leaf, of_rows, retain_graph=True)
+            else:
+                ask(loss, of_rows, inputs=[leaf], retain_graph=True)
+                found[i], leaf.grad = leaf.grad, None
+        for i, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[i])
+            if reduction != "none":
+                with pytest.raises(RuntimeError, match="reduction='none'"):
+                    torch.autograd.grad(loss, (x, W, b)[i], of_rows, retain_graph=True)
+        if reduction != "none":
+            with pytest.raises(RuntimeError, match="reduction='none'"):
+                loss.backward()
+
+
+def test_only_gradients_that_are_asked_for_are_computed_again(monkeypatch, uncompiled):
+    input, W, _, target, _ = linear_problem((N,), D, K, {})
+    loss = linear_self_regularized_entropy(input, W, target, reduction="none").sum()
+    found, compute = [], chunks._compute
+    monkeypatch.setattr(chunks, "_compute", lambda *args: found.append(args[10]) or compute(*args))
+    torch.autograd.grad(loss, input, retain_graph=True)
+    torch.autograd.grad(loss, W)
+    assert found == [[True, False, False], [False, True, False]]
+
+
+def test_the_last_part_is_not_copied(uncompiled):
+    input, W, _, target, _ = linear_problem((N,), D, K, {})
+    loss = linear_self_regularized_entropy(input, W, target)
+    saved = loss.grad_fn.saved_tensors
+    torch.autograd.grad(loss, input, retain_graph=True)
+    (of_weight,) = torch.autograd.grad(loss, W)
+    assert of_weight.data_ptr() == saved[2].data_ptr()
+
+
+def stage_of(fused, last):
+    class Stage(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = torch.nn.Linear(D, D), None
+            if last:
+                self.head = LinearSelfRegularizedEntropyLoss(D, K, bias=True, reduction="sum")
+                self.loss = SelfRegularizedEntropyLoss(reduction="sum")
+
+        def forward(self, x, labels):
+            x = self.body(x).relu()
+            if not last:
+                return x
+            return self.head(x, labels) if fused else self.loss(self.head.linear(x), labels)
+
+    return Stage()
+
+
+def splits_functions():
+    """Whether this PyTorch's pipelines split the backward of any Function that is written in Python."""
+    from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            ctx.save_for_backward(x, w)
+            return x * w
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, w = ctx.saved_tensors
+            return gradient * w, gradient * x
+
+    x, w = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+    _, groups = stage_backward_input([Product.apply(x, w)], None, [x], iter([w]))
+    try:
+        stage_backward_weight(iter([w]), groups)
+    except RuntimeError as error:
+        return "_input_metadata" not in str(error)
+    return True
+
+
+def pipelined(group, name, fused):
+    """Of the stages of this rank: gradients, and those without a pipeline; and the losses of micro-batches."""
+    from torch.distributed import pipelining
+
+    count, rank, device = 4, group.rank(), torch.device("cpu")
+    torch.manual_seed(0)
+    stages, alone = ([stage_of(fused, last=i == count - 1) for i in range(count)] for _ in range(2))
+    for stage, other in zip(stages, alone, strict=True):
+        other.load_state_dict(stage.state_dict())
+    x, labels = torch.randn(8, D), torch.randint(K, (8,))
+    whole = x
+    for stage in alone:
+        whole = stage(whole, labels)
+    (whole / count).backward()
+
+    mine = ([0, 3], [1, 2])[rank] if "ZBV" in name else (rank, rank + 2)
+    here = [pipelining.PipelineStage(stages[i], i, count, device, group=group) for i in mine]
+    schedule = getattr(pipelining, name)(here, n_microbatches=count, loss_fn=lambda loss, _: loss)
+    losses = []
+    first, more = (x,) if 0 in mine else (), {"losses": losses} if 3 in mine else {}
+    schedule.step(*first, target=labels, labels=labels, return_outputs=False, **more)
+    gradients = [[p.grad for i in mine for p in network[i].parameters()] for network in (stages, alone)]
+    return *gradients, losses, whole
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        ("ScheduleInterleavedZeroBubble", False),
+        ("ScheduleInterleavedZeroBubble", True),
+        ("ScheduleZBVZeroBubble", True),
+    ],
+)
+def test_pipelines_with_a_backward_in_two_parts(name, fused, ranks):
+    if fused and not splits_functions():
+        pytest.skip("this PyTorch splits the backward of no autograd.Function")
+    for found, alone, losses, whole in ranks.run(2, pipelined, name, fused):
+        torch.testing.assert_close(found, alone)
+        if losses:
+            torch.testing.assert_close(sum(losses), whole)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradients_cannot_be_differentiated(reduction, row_backend):
     input, W, _, target, _ = linear_problem((N,), D, K, {})
@@ -445,6 +581,30 @@ def test_functorch(quick_backend):
     torch.testing.assert_close(tuple(g.mean(0) for g in of_samples), tuple(expected[1:]))
     batched = torch.vmap(loss, in_dims=(0, None, None, 0))(*tensors, target)
     torch.testing.assert_close(batched, loss(*tensors, target, reduction="none"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8], ids=str)
+def test_integers_of_other_widths_as_class_indices(dtype, quick_backend):
+    *tensors, target, _ = linear_problem((N,), D, K, {})
+    target[2] = -100
+    for keywords in ({"backend": quick_backend}, {"backend": quick_backend, "reduction": "none"}):
+        expected, found = (loss_and_gradients(*tensors, t, **keywords) for t in (target, target.to(dtype)))
+        assert all(map(torch.equal, (found[0], *found[1], *found[2]), (expected[0], *expected[1], *expected[2])))
+
+
+def test_of_other_widths_in_transforms_and_while_compiling(row_backend):
+    *tensors, target, _ = linear_problem((N,), D, K, {})
+    x, W, b = (tensor.detach() for tensor in tensors)
+
+    def loss(x, t):
+        return linear_self_regularized_entropy(x, W, t, linear_bias=b, backend=row_backend)
+
+    narrow = target.to(torch.int8)
+    of_samples = torch.vmap(torch.func.grad(loss))
+    assert torch.equal(of_samples(x, narrow), of_samples(x, target))
+    torch.compiler.reset()
+    graph = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(graph(x, narrow), loss(x, target))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

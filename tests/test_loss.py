@@ -101,7 +101,7 @@ def test_warns_once_of_many_classes(monkeypatch, uncompiled):
     target = torch.tensor([3])
 
     def warned(K, **keywords):
-        monkeypatch.setattr(checks, "_warned_of_many_classes", False)
+        monkeypatch.setattr(checks, "_warned", set())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):
@@ -110,10 +110,40 @@ def test_warns_once_of_many_classes(monkeypatch, uncompiled):
         assert all(warning.filename == __file__ for warning in caught)
         return len(caught)
 
-    assert warned(256) == 1
-    assert warned(255) == 0
-    for keywords in ({"class_mean": True}, {"class_mean": False}, {"reg_weight": 0.5}):
-        assert warned(1000, **keywords) == 0
+    for reg_weight in (1.0, 0.9, 0.5, 2, -0.5, 1e-9, torch.tensor(0.5)):
+        assert warned(256, reg_weight=reg_weight) == 1
+        for silent in ({"K": 255}, {"K": 1000, "class_mean": True}, {"K": 1000, "class_mean": False}):
+            assert warned(reg_weight=reg_weight, **silent) == 0
+    for nothing in (0, 0.0, -0.0, torch.tensor(0.0), torch.tensor(0)):
+        assert warned(1000, reg_weight=nothing) == 0
+
+
+def test_warns_of_many_classes_where_reg_weight_is_not_read(monkeypatch, uncompiled):
+    def warned(function, K, reg_weight):
+        monkeypatch.setattr(checks, "_warned", set())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function(torch.zeros(2, K), torch.zeros(2, dtype=torch.long), reg_weight)
+        assert all(warning.filename == __file__ for warning in caught)
+        return len(caught)
+
+    def loss(z, t, reg_weight):
+        return self_regularized_entropy(z, t, reg_weight=reg_weight)
+
+    # A meta tensor has no value, as if it were on a GPU.
+    assert warned(lambda z, t, _: loss(z.to("meta"), t.to("meta"), torch.zeros((), device="meta")), 300, None) == 1
+    assert warned(torch.vmap(loss, in_dims=(None, None, 0)), 300, torch.zeros(2)) == 1
+
+    torch.compiler.reset()
+    counter = CompileCounter()
+    graph = torch.compile(loss, fullgraph=True, backend=counter)
+    assert warned(graph, 300, torch.tensor(0.0)) == 1
+    assert counter.frame_count == 1
+    for value in (0.5, 0.0, 1.0):
+        assert warned(graph, 300, torch.tensor(value)) == 0  # it is said as the graph is traced
+    assert counter.frame_count == 1
+    torch.compiler.reset()
+    assert warned(torch.compile(loss, fullgraph=True, backend="eager"), 255, torch.tensor(0.5)) == 0
 
 
 def test_out_of_range_target_while_compiling_spoils_its_own_row_only(backend):
@@ -411,6 +441,18 @@ def test_compiling_ignores_inplace(row_backend):
     assert torch.equal(leaf.detach(), logits)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_logits_that_numpy_changes_change_a_gradient_that_is_still_to_be_computed(recompute, uncompiled):
+    logits, target, _ = problem(6, 20, {})
+    _, _, gradient = loss_and_gradient(logits, target, recompute=recompute)
+    leaf = logits.clone().requires_grad_()
+    loss = self_regularized_entropy(leaf, target, recompute=recompute)
+    leaf.detach().numpy()[:] *= 2
+    loss.backward()
+    assert torch.equal(leaf.grad, gradient) != recompute
+    assert "NumPy" in self_regularized_entropy.__doc__.split("recompute:")[1].split("return_parts:")[0]
+
+
 @modes
 def test_functorch(recompute, rows, quick_backend):
     logits, target = rows[0].detach(), rows[1]
@@ -430,8 +472,27 @@ def test_functorch(recompute, rows, quick_backend):
     batched = torch.vmap(lambda weight: self_regularized_entropy(logits, target, reg_weight=weight, **keywords))
     expected = [self_regularized_entropy(logits, target, reg_weight=weight, **keywords) for weight in (0.0, 2.0)]
     torch.testing.assert_close(batched(torch.tensor([0.0, 2.0])), torch.stack(expected))
+    narrow = target.to(torch.int8)
+    assert torch.equal(
+        torch.vmap(torch.func.grad(loss))(logits, narrow), torch.func.vmap(torch.func.grad(loss))(logits, target)
+    )
     jacobian = torch.func.jacrev(lambda z: self_regularized_entropy(z, target, reduction="none", **keywords))(logits)
     torch.testing.assert_close(jacobian.diagonal(dim1=0, dim2=1).T, gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8], ids=str)
+def test_fullgraph_compile_of_class_indices_of_other_widths(dtype, row_backend):
+    torch.compiler.reset()
+    logits, target, _ = problem(6, 20, {})
+    target[1] = -100
+    graph = torch.compile(
+        lambda z, t: self_regularized_entropy(z, t, backend=row_backend), fullgraph=True, backend="aot_eager"
+    )
+    leaf = logits.clone().requires_grad_()
+    loss = graph(leaf, target.to(dtype))
+    loss.backward()
+    expected, _, gradient = loss_and_gradient(logits, target, backend=row_backend)
+    torch.testing.assert_close((loss.detach(), leaf.grad), (expected, gradient))
 
 
 def test_transforms_inside_compile(rows):

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from sre_triton import (
     LinearSelfRegularizedEntropyLoss,
@@ -200,27 +201,48 @@ def test_options_are_set_through_a_compiled_module(uncompiled):
 
 
 def test_the_plain_sum_over_many_classes_warns(make, monkeypatch, uncompiled):
-    def run(reg_weight, **options):
-        monkeypatch.setattr(checks, "_warned_of_many_classes", False)
+    def warned(criterion):
+        monkeypatch.setattr(checks, "_warned", set())
+        features = torch.zeros(2, 256 if make is SelfRegularizedEntropyLoss else 20)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            if make is SelfRegularizedEntropyLoss:
-                make(reg_weight=reg_weight, **options)(torch.zeros(2, 256), torch.zeros(2, dtype=torch.long))
-            else:
-                module = LinearSelfRegularizedEntropyLoss(5, 256, reg_weight=reg_weight, **options)
-                module(torch.zeros(2, 5), torch.zeros(2, dtype=torch.long))
-        return [str(warning.message) for warning in caught]
+            for _ in range(2):
+                criterion(features, torch.zeros(2, dtype=torch.long))
+        assert all("class_mean=True" in str(warning.message) for warning in caught)
+        assert all(warning.filename == __file__ for warning in caught)
+        return len(caught)
 
-    (message,) = run(1.0)
-    assert "class_mean=True" in message
-    monkeypatch.setattr(checks, "_warned_of_many_classes", False)
-    ramped = SelfRegularizedEntropyLoss(reg_weight=0.0)
-    ramped(torch.zeros(2, 256), torch.zeros(2, dtype=torch.long))
-    ramped.reg_weight = 1
-    with pytest.warns(UserWarning, match="class_mean=True"):
-        ramped(torch.zeros(2, 256), torch.zeros(2, dtype=torch.long))
-    for silent in ({"reg_weight": 0.5}, {"reg_weight": torch.tensor(1.0)}, {"reg_weight": 1, "class_mean": False}):
-        assert run(**silent) == []
+    def of_many(**options):
+        if make is SelfRegularizedEntropyLoss:
+            return make(**options)
+        return LinearSelfRegularizedEntropyLoss(20, 256, **options)
+
+    for value in (1.0, 0.9, 0.5, 2, -0.5, torch.tensor(0.5)):
+        assert warned(of_many(reg_weight=value)) == 1
+        for class_mean in (True, False):
+            assert warned(of_many(reg_weight=value, class_mean=class_mean)) == 0
+    assert warned(of_many(reg_weight=0)) == 0
+    assert warned(of_many(reg_weight=0.5).to("meta").to_empty(device="cpu")) == 1
+
+    scheduled = of_many(reg_weight=0.0)
+    counts = []
+    for step in range(3):
+        scheduled.reg_weight = ramp(step, 10)
+        counts.append(warned(scheduled))
+    assert counts == [0, 1, 1]
+    scheduled = of_many(reg_weight=0.0)
+    scheduled.reg_weight.fill_(0.1)  # behind the module's back
+    assert warned(scheduled) == 1
+
+    torch.compiler.reset()
+    counter = CompileCounter()
+    scheduled = of_many(reg_weight=0.0)
+    graph = torch.compile(scheduled, backend=counter, fullgraph=True)
+    assert warned(graph) == 1
+    for value in (0.5, 0.0, 1.0):
+        scheduled.reg_weight = value
+        assert warned(graph) == 0  # it is said as the graph is traced
+    assert counter.frame_count == 1
 
 
 def test_weight_is_a_buffer(uncompiled):

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 # Each file imports only from those before it.
 ORDER = [
     "reference",
+    "eager",
     "ops",
     "coin",
     "passes",
@@ -36,12 +37,15 @@ ORDER = [
     "plan",
     "launch",
     "backend",
+    "messages",
     "shard",
     "checks",
+    "layer",
     "collectives",
     "dtensor",
     "autograd",
     "loss",
+    "flops",
     "chunks",
     "linear",
     "modules",

@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from sre_triton import (
     LinearSelfRegularizedEntropyLoss,
     SelfRegularizedEntropyLoss,
     VocabShard,
+    checks,
     collectives,
     linear_self_regularized_entropy,
     self_regularized_entropy,
@@ -496,6 +498,56 @@ def test_modules(ranks):
         torch.testing.assert_close(linear, alone)
 
 
+def of_other_widths(group):
+    """Losses and gradients for targets in int64 and in narrower dtypes."""
+    shard = VocabShard.even(K, group)
+    input, W, b, target, _ = linear_problem((N,), D, K, {})
+    logits = torch.nn.functional.linear(input, W, b)
+    target[3] = -100
+    found = []
+    for dtype in (torch.int64, torch.int32, torch.int16, torch.int8):
+        leaves = [of_shard(logits, shard, 1).detach().requires_grad_(), input.detach().requires_grad_()]
+        losses = (
+            self_regularized_entropy(leaves[0], target.to(dtype), shard=shard),
+            linear_self_regularized_entropy(leaves[1], of_shard(W, shard, 0), target.to(dtype), shard=shard),
+        )
+        found.append([*losses, *torch.autograd.grad(sum(losses), leaves)])
+    return found
+
+
+def test_class_indices_of_other_widths(ranks):
+    for expected, *others in ranks.run(2, of_other_widths):
+        for found in others:
+            assert all(map(torch.equal, found, expected))
+
+
+def many_classes(group):
+    """The warnings of shards that have fewer than 256 classes, or that have as many together."""
+    said = []
+    for num_classes, reg_weight in ((255, 0.5), (256, 0.0), (256, 0.5)):
+        shard = VocabShard.even(num_classes, group)
+        checks._warned.clear()
+        logits, target = torch.zeros(2, shard.stop - shard.start), torch.zeros(2, dtype=torch.long)
+        head = LinearSelfRegularizedEntropyLoss(D, num_classes, reg_weight=reg_weight, shard=shard)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self_regularized_entropy(logits, target, reg_weight=reg_weight, shard=shard)
+            said.append(len(caught))
+            checks._warned.clear()
+            SelfRegularizedEntropyLoss(reg_weight=reg_weight, shard=shard)(logits, target)
+            said.append(len(caught))
+            checks._warned.clear()
+            head(torch.zeros(2, D), target)
+            said.append(len(caught))
+    checks._warned.update(checks.ONCE)
+    return said
+
+
+def test_the_classes_of_all_shards_are_many(ranks):
+    for said in ranks.run(2, many_classes):
+        assert said == [0, 0, 0, 0, 0, 0, 1, 2, 3]
+
+
 # -- linear layer and loss --------------------------------------------------------------------------------------------
 
 
@@ -709,6 +761,25 @@ def refused(group):
     note(ValueError, VocabShard, 10, 9, K, group)
     note(TypeError, VocabShard, 0.0, 10, K, group)
     note(TypeError, VocabShard, 0, 10, K, "group")
+    note(TypeError, VocabShard.even, "60")
+    note(TypeError, VocabShard.even, 60, "group")
+    note(TypeError, VocabShard.from_dtensor, logits)
+    note(ValueError, VocabShard, 0, 10, -(10**5000), group)
+    note(ValueError, self_regularized_entropy, torch.zeros(N, 2, 30), torch.zeros(N, 2).long(), shard=shard)
+    note(TypeError, self_regularized_entropy, logits.to_sparse(), target, shard=shard)
+    note(TypeError, self_regularized_entropy, logits, target.to_sparse(), shard=shard)
+    note(TypeError, self_regularized_entropy, torch.nn.UninitializedParameter(), target, shard=shard)
+    note(TypeError, self_regularized_entropy, logits, target.float(), shard=shard)
+    note(TypeError, SelfRegularizedEntropyLoss, torch.ones(30).to_sparse(), shard=shard)
+    note(ValueError, SelfRegularizedEntropyLoss, torch.ones(31), shard=shard)
+    note(
+        TypeError,
+        linear_self_regularized_entropy,
+        torch.zeros(N, D).to_mkldnn(),
+        torch.zeros(30, D),
+        target,
+        shard=shard,
+    )
     return messages
 
 
@@ -730,6 +801,22 @@ def test_errors_say_what_was_expected(ranks):
         "shard: expected 0 <= start <= stop <= num_classes and a class at least, got start=10, stop=9, num_classes=60",
         "start: expected an int, got 0.0",
         "group: expected a torch.distributed.ProcessGroup or None, got 'group'",
+        "num_classes: expected an int, got '60'",
+        "group: expected a torch.distributed.ProcessGroup or None, got 'group'",
+        "tensor: expected a DTensor that is sharded on classes over one dimension of its mesh, "
+        "got a float32 tensor of shape (9, 30)",
+        "shard: expected 0 <= start <= stop <= num_classes and a class at least, "
+        "got start=0, stop=10, num_classes=<int>",
+        "input: expected logits of the shard's 30 classes in dimension 1, got a float32 tensor of shape (9, 2, 30); "
+        "dimension 1 of the logits is the classes: pass input.movedim(-1, 1)",
+        "input: expected a dense tensor, got a float32 sparse_coo tensor of shape (9, 30); input.to_dense() is one",
+        "target: expected a dense tensor, got an int64 sparse_coo tensor of shape (9,); target.to_dense() is one",
+        "input: expected a dense tensor, got an uninitialized parameter; the first forward of its module makes it one",
+        "target: expected int64, int32, int16, int8 or uint8 class indices, or probabilities shaped as the logits, "
+        "got a float32 tensor of shape (9,); target.long() makes class indices of it",
+        "weight: expected a dense tensor, got a float32 sparse_coo tensor of shape (30,); weight.to_dense() is one",
+        "weight: expected a tensor of shape (30,) or (60,), got a float32 tensor of shape (31,)",
+        "input: expected a dense tensor, got a float32 mkldnn tensor of shape (9, 16); input.to_dense() is one",
     ]
 
 

@@ -1,0 +1,43 @@
+"""What ``FlopCounterMode`` counts for an op: a formula that waits until its module, which loads Triton, is imported."""
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable
+
+import torch
+
+COUNTER = "torch.utils.flop_counter"
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Calls a function with the module ``COUNTER`` once this has been imported."""
+
+    def __init__(self, then: Callable) -> None:
+        self.then = then
+
+    def find_spec(self, name, path=None, target=None):
+        if name != COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            self.then(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def count_flops(op: torch._ops.OpOverloadPacket, formula: Callable[..., int]) -> None:
+    """``formula`` takes the arguments of the op, shapes in place of tensors, and ``out_shape``."""
+
+    def register(module):
+        module.register_flop_formula(op)(formula)
+
+    if COUNTER in sys.modules:
+        register(sys.modules[COUNTER])
+    else:
+        sys.meta_path.insert(0, _WhenImported(register))

@@ -1,0 +1,65 @@
+"""What an error says: the argument, what was expected, what came and what mends it, briefly whatever came."""
+
+import reprlib
+
+import torch
+from torch import Tensor
+from torch.masked import MaskedTensor
+from torch.nn.parameter import UninitializedTensorMixin
+
+LONGEST = 200  # characters of a value
+MOST_DIMENSIONS = 10
+
+
+def of_shape(shape: torch.Size) -> str:
+    """A shape; while tracing, with the symbols of its sizes."""
+    sizes = tuple(shape)
+    return f"{sizes}" if len(sizes) <= MOST_DIMENSIONS else f"({', '.join(map(str, sizes[:MOST_DIMENSIONS]))}, ...)"
+
+
+def _of_tensor(tensor: Tensor) -> str:
+    """A tensor without its values, which a GPU would be waited for."""
+    if isinstance(tensor, UninitializedTensorMixin):
+        return "an uninitialized parameter"
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    article = "an" if dtype.startswith("int") else "a"
+    if tensor.is_nested:  # and may have no shape
+        return f"{article} {dtype} nested tensor"
+    if isinstance(tensor, MaskedTensor):
+        return f"a MaskedTensor of {dtype}"
+    layout = "" if str(tensor.layout) == "torch.strided" else str(tensor.layout).removeprefix("torch.").strip("_") + " "
+    return f"{article} {dtype} {layout}tensor of shape {of_shape(tensor.shape)}"
+
+
+class _Short(reprlib.Repr):
+    """The beginning of what ``repr`` shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxtuple, self.maxstring, self.maxother = 3, MOST_DIMENSIONS, 80, 120
+
+    def repr1(self, x: object, level: int) -> str:
+        try:
+            return _of_tensor(x) if isinstance(x, Tensor) else super().repr1(x, level)
+        except Exception:  # such as an int of more digits than Python writes
+            return f"<{type(x).__name__}>"
+
+
+_short = _Short()
+
+
+def short(value: object) -> str:
+    """A value in about ``LONGEST`` characters at most."""
+    if isinstance(value, Tensor):
+        return _of_tensor(value)
+    if torch.compiler.is_compiling():  # reprlib cannot be traced
+        is_long = isinstance(value, (list, tuple, dict, set))
+        return f"a {type(value).__name__}" if is_long else repr(value)[:LONGEST]
+    text = _short.repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def wrong(error: type[Exception], argument: str, expected: str, value: object, mend: str = "") -> Exception:
+    """The error; ``mend`` says what to do where that is not plain."""
+    mend = mend and f"; {mend}"
+    return error(f"{argument}: expected {expected}, got {short(value)}{mend}")
