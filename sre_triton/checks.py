@@ -122,6 +122,12 @@ def is_dtensor(value: object) -> bool:
 
 def _check_are_tensors(needed: dict[str, object], optional: dict[str, object]) -> None:
     for argument, value in (needed | optional).items():
+        if isinstance(value, torch.fx.Proxy):
+            raise TypeError(
+                f"{argument}: expected a tensor, got a torch.fx.Proxy; symbolic tracing cannot look into the loss, "
+                "whatever its backend: keep it whole, by torch.fx.wrap of the function's name or a Tracer whose "
+                "is_leaf_module is true of the module, or use torch.export.export"
+            )
         if not isinstance(value, Tensor) and not (value is None and argument in optional):
             raise _wrong(TypeError, argument, "a tensor" if argument in needed else "a tensor or None", value)
         if is_dtensor(value):
