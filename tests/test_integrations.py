@@ -12,7 +12,7 @@ import torch
 from helpers import loss_and_gradient
 from torch._dynamo.utils import counters
 
-from sre_triton import SelfRegularizedEntropyLoss, self_regularized_entropy
+from sre_triton import LinearSelfRegularizedEntropyLoss, SelfRegularizedEntropyLoss, self_regularized_entropy
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"lightning", "monitoring", "pytorch", "sharded_classes", "timm", "transformers"}
@@ -140,6 +140,29 @@ def test_lightning(tmp_path):
     assert "MEMBER: 2/2" in done.stderr
     assert re.search(r"'H': tensor\(\d", done.stdout)
     assert "'accuracy': tensor(" in done.stdout
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_lightning_modules_are_scripted_and_traced(fused, tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            criterion = LinearSelfRegularizedEntropyLoss(8, 20) if fused else SelfRegularizedEntropyLoss()
+            self.criterion, self.layer = criterion, criterion.linear if fused else torch.nn.Linear(8, 20)
+
+        def forward(self, x):
+            return self.layer(x)
+
+        def training_step(self, batch, _):
+            x, y = batch
+            return self.criterion(x if fused else self(x), y)
+
+    model, x = Classifier(), torch.randn(3, 8)
+    for how in ({"method": "script"}, {"method": "trace", "example_inputs": x}):
+        model.to_torchscript(tmp_path / "script.pt", **how)
+        assert torch.equal(torch.jit.load(tmp_path / "script.pt")(x), model(x))
 
 
 def test_transformers(tmp_path, monkeypatch, uncompiled):
