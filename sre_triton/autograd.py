@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from .backend import primitives
-from .ops import is_batched, is_watched
+from .ops import DOUBLE_BACKWARD, FORWARD_AD, is_batched, is_watched
 
 SECOND_BACKWARD = (
     "self_regularized_entropy: the gradient was computed together with the loss and handed over by the first backward; "
     "pass recompute=True to run backward through the same graph again"
 )
-DOUBLE_BACKWARD = "sre_triton: the gradient cannot be differentiated again; pass backend='eager', which can"
 
 
 def reduced(losses: Tensor, factor: Tensor, reduction: str, backend: str) -> Tensor:
@@ -166,6 +165,16 @@ class _RowGradient(torch.autograd.Function):
         raise RuntimeError(DOUBLE_BACKWARD)
 
 
+def _no_forward_ad(ctx, *tangents) -> None:
+    raise NotImplementedError(FORWARD_AD)
+
+
+@functools.cache
+def _watched(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same for transforms, of which those in forward mode are told no; torch.compile takes no jvp."""
+    return type(function.__name__, (function,), {"jvp": staticmethod(_no_forward_ad)})
+
+
 @functools.cache
 def _plain(function: type[torch.autograd.Function], count: int) -> type[torch.autograd.Function]:
     """The same for plain eager code.
@@ -186,6 +195,8 @@ def _plain(function: type[torch.autograd.Function], count: int) -> type[torch.au
         def backward(ctx, *grads):
             return *function.backward(ctx, *grads)[:count], None
 
+        jvp = staticmethod(_no_forward_ad)
+
     Plain.__name__ = Plain.__qualname__ = function.__name__
     return Plain
 
@@ -193,5 +204,5 @@ def _plain(function: type[torch.autograd.Function], count: int) -> type[torch.au
 def apply(function: type[torch.autograd.Function], *arguments, count: int = 1) -> tuple[Tensor, ...] | Tensor:
     """Apply a Function of which the first ``count`` arguments may get a gradient."""
     if is_watched() or any(map(is_batched, arguments)):
-        return function.apply(*arguments)
+        return (function if torch.compiler.is_compiling() else _watched(function)).apply(*arguments)
     return _plain(function, count).apply(*arguments[:count], arguments[count:])

@@ -33,6 +33,11 @@ def choose(backend: str | None, logits: Tensor, differentiable_arguments: bool) 
         differentiable_arguments: whether a gradient for more than the logits (target probabilities, their class
             weights) is wanted, which only plain autograd gives.
     """
+    if backend != "eager" and torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "sre_triton: torch.jit.trace sees only what PyTorch's own operations compute; pass backend='eager', which "
+            "is made of them but knows no sharded classes, or use torch.export.export"
+        )
     if backend is None:
         # Inside torch.compile, torch.func transforms see through plain operations only.
         transformed = torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -145,6 +145,12 @@ def _check_dense(argument: str, value: Tensor) -> None:
 def check_are_tensors(needed: dict[str, object], optional: dict[str, object]) -> None:
     """Tensors, and such as can be computed with; what is ``optional`` may be None."""
     for argument, value in (needed | optional).items():
+        if isinstance(value, torch.fx.Proxy):
+            raise TypeError(
+                f"{argument}: expected a tensor, got a torch.fx.Proxy; symbolic tracing cannot look into the loss, "
+                "whatever its backend: keep it whole, by torch.fx.wrap of the function's name or a Tracer whose "
+                "is_leaf_module is true of the module, or use torch.export.export"
+            )
         if isinstance(value, Tensor):
             _check_dense(argument, value)
         elif value is not None or argument in needed:

@@ -22,7 +22,17 @@ from torch import Tensor
 from .backend import primitives
 from .collectives import row_stats, sum_of_weights
 from .flops import count_flops
-from .ops import NUM_LOSSES, OPTIONS, hidden_from_modes, needs_dispatch, scalar_of
+from .ops import (
+    DOUBLE_BACKWARD,
+    NUM_LOSSES,
+    NUM_OPTIONS,
+    OPTIONS,
+    OTHER_GRADIENTS,
+    hidden_from_modes,
+    needs_dispatch,
+    scalar_of,
+    without_forward_ad,
+)
 from .reference import compute_dtype
 from .shard import group_of
 
@@ -241,9 +251,33 @@ def _flops(
     return 2 * num_rows * num_features * num_classes * (1 + of_input + of_weight)
 
 
+def _setup_context(ctx, inputs, output):
+    if any(ctx.needs_input_grad[3:5]):
+        raise ValueError(OTHER_GRADIENTS)
+    c, reg_weight, *ctx.options = inputs[-NUM_OPTIONS:]
+    ctx.backend, ctx.chunk_rows, ctx.dtype, _, _, ctx.group, _ = inputs[7:-NUM_OPTIONS]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[-1])
+    ctx.save_for_backward(*inputs[:5], c, reg_weight)
+
+
+def _backward(ctx, grad_losses, *grad_gradients):
+    """Logits and gradients are computed anew: what the losses are multiplied by later is known now alone."""
+    if any(gradient is not None for gradient in grad_gradients):
+        raise RuntimeError(DOUBLE_BACKWARD)
+    *tensors, c, reg_weight = ctx.saved_tensors
+    upstream = grad_losses[0]  # The other losses are the parts, through which no gradient flows.
+    wanted = list(ctx.needs_input_grad[:3])
+    one = torch.ones_like(upstream[:1]).squeeze(0)
+    how = ctx.backend, ctx.chunk_rows, ctx.dtype, wanted, True, ctx.group, False
+    _, *gradients, _ = _op(*tensors, one, upstream, *how, c, reg_weight, *ctx.options)
+    gradients = (gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted, strict=True))
+    return *gradients, *(None,) * (len(ctx.needs_input_grad) - 3)
+
+
 _op = torch.library.custom_op(
     "sre_triton::linear_losses_and_gradients",
-    _compute,
+    without_forward_ad(_compute),
     mutates_args=(),
     schema="(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor factor, "
     "Tensor? upstream, str backend, int chunk_rows, ScalarType dtype, bool[] wanted, bool early, str group, "
@@ -251,6 +285,7 @@ _op = torch.library.custom_op(
 )
 _op.register_fake(_fake)
 _op.register_vmap(_one_by_one)
+_op.register_autograd(_backward, setup_context=_setup_context)
 count_flops(torch.ops.sre_triton.linear_losses_and_gradients, _flops)
 
 

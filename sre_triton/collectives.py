@@ -34,7 +34,9 @@ from .ops import (
     hidden_from_modes,
     needs_dispatch,
     new_numbers,
+    register_formula,
     scalar_of,
+    without_forward_ad,
 )
 from .passes import Row, local_class, losses_of
 from .reference import compute_dtype
@@ -222,20 +224,22 @@ def _row_loss(logits, target, weight, factor, backend, group, *options) -> tuple
 
 _op = torch.library.custom_op(
     "sre_triton::sharded_row_loss",
-    _row_loss,
+    without_forward_ad(_row_loss),
     mutates_args=(),
     schema=f"(Tensor logits, Tensor target, Tensor? weight, Tensor factor, str backend, str group, {OPTIONS}) "
     "-> (Tensor, Tensor)",
 )
 _op.register_fake(lambda logits, *_: (new_numbers(logits, NUM_LOSSES), new_numbers(logits, NUM_STATS)))
 _op.register_vmap(batching_rule(_op, (1, 1)))
+register_formula(_op, lambda inputs: inputs[4], with_stats=True)
 
 
 def row_loss(
     logits: Tensor, target: Tensor, weight: Tensor | None, factor: Tensor, backend: str, group: str, *options
 ) -> tuple[Tensor, Tensor]:
     """:func:`row_stats` as the primitive row_loss: losses (4, N), statistics (7, N)."""
-    logits = logits.detach()
+    if not torch.compiler.is_exporting():
+        logits = logits.detach()
     if not needs_dispatch(logits, (target, weight, factor)):
         return _row_loss(logits, target, weight, factor, backend, group, *options)
     c, reg_weight, *others = options

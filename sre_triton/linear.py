@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import eager
-from .autograd import DOUBLE_BACKWARD, apply, is_functional, reduced
+from .autograd import apply, is_functional, reduced
 from .backend import primitives
 from .checks import (
     check_are_tensors,
@@ -26,7 +26,7 @@ from .checks import (
 )
 from .chunks import How, linear_losses_and_gradients
 from .loss import backend_of, factor_of, is_transformed, per_class_of, result_of, returned, scalars_of, share_of
-from .ops import hidden_from_modes, is_watched
+from .ops import DOUBLE_BACKWARD, hidden_from_modes, is_watched
 from .reference import Parts
 from .shard import VocabShard
 
@@ -306,7 +306,9 @@ def linear_self_regularized_entropy(
     if dtype != torch.float64 and under_autocast(input.device):
         dtype = torch.get_autocast_dtype(input.device.type)
     tensors = rows, linear_weight, linear_bias
-    wanted = tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors)
+    # A program that is exported has the op's formula, whatever is wanted now.
+    wants_gradient = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    wanted = tuple(wants_gradient and tensor is not None and tensor.requires_grad for tensor in tensors)
     options = int(ignore_index), float(label_smoothing), float(z_loss), float(softcap or 0.0)
     of_classes = (0, None) if shard is None else (shard.start, shard.num_classes)
     how = How(

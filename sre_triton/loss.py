@@ -100,6 +100,7 @@ def result_of(
         losses = losses.reshape(NUM_LOSSES, *shape)
     if not with_parts:
         return loss, None
+    losses = losses.detach()
     parts = losses[1:].contiguous() if reduction == "none" else losses[1:].sum(1) * factor
     cross_entropy, regularizer, z_penalty = parts.unbind()
     return loss, Parts(cross_entropy, regularizer * per_class, z_penalty)
@@ -270,7 +271,8 @@ def self_regularized_entropy(
     if indices:
         target = target.long()  # before anything is compared with it: in uint8, 300 is 44
     none_ignored = indices and check_range(target, num_classes, ignore_index)
-    wants_gradient = torch.is_grad_enabled() and input.requires_grad
+    # A program that is exported has the op's formula, whatever is wanted now.
+    wants_gradient = torch.is_grad_enabled() and input.requires_grad and not torch.compiler.is_exporting()
     if inplace and wants_gradient and not torch.compiler.is_compiling():
         check_inplace(input)
     if class_mean is None:

@@ -36,6 +36,8 @@ def _defaults(function: Callable, *but: str) -> dict[str, object]:
 class _Loss(torch.nn.Module):
     """Keeps class weights and λ as buffers and the other keywords of a function as attributes.
 
+    A model with it can be scripted (torch.jit.script), as long as what is scripted does not come to call it.
+
     λ is in memory of its own that moves with the module alone, so that whoever has this memory, a compiled graph or on
     a GPU a captured one, sees it change; in float32, whatever becomes of the module; and not in the state, so that
     checkpoints of a model with another loss load.
@@ -167,6 +169,7 @@ class SelfRegularizedEntropyLoss(_Loss):
         super().__init__()
         self._keep(locals())
 
+    @torch.jit.unused
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Parts]:
         """The loss of logits (K,), (N, K) or (N, K, d1, ...) and class indices or probabilities."""
         return self_regularized_entropy(input, target, self.weight, **self._options())
@@ -230,6 +233,7 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
         num_here = num_classes if shard is None else shard.stop - shard.start
         self.linear = torch.nn.Linear(in_features, num_here, bias=bias, device=device, dtype=dtype)
 
+    @torch.jit.unused
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Parts]:
         """The loss of features (..., D) and class indices (...) or probabilities (..., K)."""
         linear = self.linear

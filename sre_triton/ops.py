@@ -10,7 +10,9 @@ A row of logits becomes a few numbers that combine across chunks and shards, the
 
 A backend writes the five as Python functions on plain tensors and decorates each with :func:`primitive`. In ordinary
 eager code the function is then called as it is; inside ``torch.compile``, ``torch.export``, a ``torch.func``
-transform or a dispatch mode it is the registered op, with the fakes and the batching rule below.
+transform or a dispatch mode it is the registered op, with the fakes and the batching rule below. The gradient is then
+that of autograd.py's Functions around both, but a program of ``torch.export`` has the ops alone: each that returns
+losses has a formula of its own.
 
 STATS, (7, N): m = max z, exp_sum = Σ exp(z - m), y_sum = Σ w y, yz_sum = Σ w y (z - m), omega (the sample's weight),
 h_sum = Σ (1 - y) h, u_sum = Σ (1 - y) u, all sums over the classes and y the smoothed target distribution. (The sum of
@@ -19,13 +21,33 @@ LOSSES, (4, N): loss, H, S, α lse² of each row, weighted by omega, before ``re
 """
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .reference import compute_dtype
+
+DOUBLE_BACKWARD = (
+    "sre_triton: the gradient cannot be differentiated again; pass backend='eager', which can, unless classes are "
+    "sharded"
+)
+FORWARD_AD = (
+    "sre_triton: there is no derivative in forward mode (torch.func.jvp, jacfwd, hessian, linearize, "
+    "torch.autograd.forward_ad); pass backend='eager', which has one, unless classes are sharded"
+)
+
+OTHER_GRADIENTS = (
+    "backend: expected 'eager' when a program is exported whose target or weight will require a gradient; detach them "
+    "if you do not want one"
+)
+
+# The module of each backend's functions. It is loaded when one is called, but the ops are there before, for programs
+# that torch.export.load brings.
+MODULES = {"compile": "fallback", "triton": "launch"}
 
 NUM_LSE, NUM_SUMS, NUM_LOSSES = 5, 2, 4
 NUM_STATS = NUM_LSE + NUM_SUMS
@@ -40,6 +62,7 @@ OPTIONS = (
     "Tensor c, Tensor reg_weight, int ignore_index, float label_smoothing, float z_loss, float softcap, "
     "int first_class=0, SymInt? all_classes=None"
 )
+NUM_OPTIONS = OPTIONS.count(",") + 1
 
 
 def new_numbers(logits: Tensor, count: int) -> Tensor:
@@ -178,24 +201,92 @@ def batching_rule(op: Callable, out_row_dims: tuple[int, ...]) -> Callable:
     return rule
 
 
+def without_forward_ad(function: Callable) -> Callable:
+    """What an op computes. In forward mode, which PyTorch does not show to an op, its derivative would be 0."""
+
+    @functools.wraps(function)
+    def compute(*args):
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError(FORWARD_AD)
+        return function(*args)
+
+    return compute
+
+
+def no_second_derivative(ctx, *_) -> None:
+    """The formula of an op that returns gradients."""
+    raise RuntimeError(DOUBLE_BACKWARD)
+
+
+def register_formula(op: Callable, backend_of: Callable[[tuple], str], with_stats: bool) -> None:
+    """The gradient of losses, of an op whose arguments begin and end as row_loss's do.
+
+    Args:
+        op: what ``torch.library.custom_op`` returned. It returns the losses first.
+        backend_of: the backend, given the arguments.
+        with_stats: whether it returns the statistics next; else a gradient.
+    """
+
+    def setup_context(ctx, inputs, output):
+        if any(ctx.needs_input_grad[1:3]):
+            raise ValueError(OTHER_GRADIENTS)
+        stats = output[1] if with_stats else None
+        if with_stats:
+            ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        ctx.backend = backend_of(inputs)
+        c, reg_weight, *ctx.options = inputs[-NUM_OPTIONS:]
+        ctx.save_for_backward(*inputs[:3], stats, c, reg_weight)
+
+    def backward(ctx, grad_losses, grad_gradient):
+        if grad_gradient is not None:
+            raise RuntimeError(DOUBLE_BACKWARD)
+        logits, target, weight, stats, c, reg_weight = ctx.saved_tensors
+        options = c, reg_weight, *ctx.options
+        if stats is None:
+            _, stats = OPS[ctx.backend, "row_loss"](logits, target, weight, *options)
+        # The other losses are the parts, through which no gradient flows.
+        gradient = OPS[ctx.backend, "row_gradient"](logits, target, weight, stats, grad_losses[0], *options)
+        return gradient, *(None,) * (len(ctx.needs_input_grad) - 1)
+
+    op.register_autograd(backward, setup_context=setup_context)
+
+
+def _register(backend: str, name: str) -> Callable:
+    """The op ``sre_triton::<backend>_<name>``."""
+    primitive = PRIMITIVES[name]
+
+    @without_forward_ad
+    @hidden_from_modes
+    def contiguous(*args):
+        importlib.import_module(f".{MODULES[backend]}", __package__)
+        outs = _functions[backend, name](*args)
+        return outs.contiguous() if isinstance(outs, Tensor) else tuple(out.contiguous() for out in outs)
+
+    op = torch.library.custom_op(
+        f"sre_triton::{backend}_{name}", contiguous, mutates_args=(), schema=primitive.schema()
+    )
+    op.register_fake(lambda logits, *_: primitive.fake(logits))
+    op.register_vmap(batching_rule(op, primitive.row_dims))
+    if name in ("row_loss", "row_loss_and_gradient"):
+        register_formula(op, lambda _: backend, with_stats=name == "row_loss")
+    if name == "row_gradient":
+        op.register_autograd(no_second_derivative)
+    return op
+
+
+OPS = {(backend, name): _register(backend, name) for backend in MODULES for name in PRIMITIVES}
+_functions: dict[tuple[str, str], Callable] = {}
+
+
 def primitive(backend: str) -> Callable[[Callable], Callable]:
-    """Register a backend's function of one of the five names as the op ``sre_triton::<backend>_<name>``."""
+    """Make a backend's function of one of the five names what its op computes, and itself call the op if it must."""
 
     def register(function: Callable) -> Callable:
         name = function.__name__
-        primitive = PRIMITIVES[name]
-
-        @hidden_from_modes
-        def contiguous(*args):
-            outs = function(*args)
-            return outs.contiguous() if isinstance(outs, Tensor) else tuple(out.contiguous() for out in outs)
-
-        op = torch.library.custom_op(
-            f"sre_triton::{backend}_{name}", contiguous, mutates_args=(), schema=primitive.schema()
-        )
-        op.register_fake(lambda logits, *_: primitive.fake(logits))
-        op.register_vmap(batching_rule(op, primitive.row_dims))
-        num_tensors = primitive.arguments.count(",")  # after the logits
+        op = OPS[backend, name]
+        _functions[backend, name] = function
+        num_tensors = PRIMITIVES[name].arguments.count(",")  # after the logits
 
         @functools.wraps(function)
         def call(logits: Tensor, *args):

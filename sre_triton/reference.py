@@ -32,6 +32,10 @@ class Parts(NamedTuple):
     z_loss: Tensor
 
 
+# Programs that return it can be saved (torch.export.save).
+torch.utils._pytree._register_namedtuple(Parts, serialized_type_name="sre_triton.Parts")
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic and of the loss: float64 for float64 logits, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32

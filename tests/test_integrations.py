@@ -195,6 +195,29 @@ def test_fabric(uncompiled):
         assert torch.equal(wrapped(z, y), self_regularized_entropy(z, y, reg_weight=reg_weight))
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_lightning_modules_are_scripted_and_traced(fused, tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            criterion = LinearSelfRegularizedEntropyLoss(8, 20) if fused else SelfRegularizedEntropyLoss()
+            self.criterion, self.layer = criterion, criterion.linear if fused else torch.nn.Linear(8, 20)
+
+        def forward(self, x):
+            return self.layer(x)
+
+        def training_step(self, batch, _):
+            x, y = batch
+            return self.criterion(x if fused else self(x), y)
+
+    model, x = Classifier(), torch.randn(3, 8)
+    for how in ({"method": "script"}, {"method": "trace", "example_inputs": x}):
+        model.to_torchscript(tmp_path / "script.pt", **how)
+        assert torch.equal(torch.jit.load(tmp_path / "script.pt")(x), model(x))
+
+
 def test_transformers(tmp_path, monkeypatch, uncompiled):
     pytest.importorskip("transformers")
     from transformers import ViTConfig, ViTForImageClassification

@@ -632,21 +632,3 @@ def test_gradients_of_each_sample(quick_backend):
         criterion(model(x[i]), y[i]).backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(each[name][i], parameter.grad)
-
-
-class EvaluationStep(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.model, self.criterion = torch.nn.Linear(8, 20), SelfRegularizedEntropyLoss(return_parts=True)
-
-    def forward(self, x, y):
-        logits = self.model(x)
-        return logits.argmax(1), *self.criterion(logits, y)
-
-
-def test_exports():
-    step, rows = EvaluationStep().eval(), {0: torch.export.Dim("rows")}
-    program = torch.export.export(step, (torch.randn(6, 8), torch.arange(6)), dynamic_shapes=(rows, rows))
-    for N in (6, 11):
-        x, y = torch.randn(N, 8), torch.arange(N)
-        torch.testing.assert_close(program.module()(x, y), step(x, y))

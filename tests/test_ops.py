@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import OPTIONS, options_of, problem
+from helpers import OPTIONS, options_of, problem, truth
 
 from sre_triton import ops
 from sre_triton.backend import primitives
@@ -108,6 +108,27 @@ def test_shards_combine_by_maximum_and_sum(options, probabilities, module):
         gradient.append(module.row_gradient(*given, stats, scale, *options_of(**keywords), *shard))
     expected = module.row_gradient(logits, target, weight, stats, scale, *options_of(**keywords))
     torch.testing.assert_close(torch.cat(gradient, 1), expected)
+
+
+@both_targets
+@pytest.mark.parametrize("name", ["row_loss", "row_loss_and_gradient"])
+def test_formula(name, probabilities, module):
+    op, (logits, target, *rest) = getattr(module, name).op, arguments(module, name, probabilities)
+    logits.requires_grad_()
+    losses, second = op(logits, target, *rest)
+    upstream = torch.linspace(-1, 2, 6)
+    # Through the parts, which are the other losses, no gradient flows.
+    (gradient,) = torch.autograd.grad((upstream * losses[0]).sum() + losses[1:].sum(), logits, create_graph=True)
+    _, _, keywords = problem(6, 20, OPTIONS["all"], probabilities=probabilities)
+    keywords |= {"class_mean": False, "reduction": "none"}
+    expected = truth(logits.detach(), target, upstream=upstream.double(), **keywords)[2]
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-6)
+    for output in (gradient, second):
+        if output.requires_grad:
+            with pytest.raises(RuntimeError, match="backend='eager'"):
+                torch.autograd.grad(output.sum(), logits, retain_graph=True)
+    assert gradient.requires_grad
+    assert second.requires_grad == (name == "row_loss_and_gradient")
 
 
 @both_targets

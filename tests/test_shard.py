@@ -18,6 +18,7 @@ from helpers import (
     assert_found_within_bounds,
     assert_linear_within_bounds,
     linear_problem,
+    linear_truth,
     loss_and_gradient,
     problem,
     truth,
@@ -546,6 +547,90 @@ def many_classes(group):
 def test_the_classes_of_all_shards_are_many(ranks):
     for said in ranks.run(2, many_classes):
         assert said == [0, 0, 0, 0, 0, 0, 1, 2, 3]
+
+
+class ShardedStep(torch.nn.Module):
+    def __init__(self, head, criterion):
+        super().__init__()
+        self.head, self.criterion = head, criterion
+
+    def forward(self, input, target):
+        return self.criterion(input if self.head is None else self.head(input), target)
+
+
+def exported(group, ends, tensors, target, weight):
+    """Loss and gradients of input, W and b, of exported programs: of a layer and the loss, and both in one."""
+    shard = VocabShard(*ends[group.rank()], K, group)
+    input, W, b = tensors
+    answers = []
+    for linear in (False, True):
+        if linear:
+            head, step = None, LinearSelfRegularizedEntropyLoss(D, K, bias=True, shard=shard, weight=weight)
+        else:
+            head = torch.nn.Linear(D, shard.stop - shard.start)
+            step = SelfRegularizedEntropyLoss(shard=shard, weight=weight)
+        layer = step.linear if linear else head
+        with torch.no_grad():
+            layer.weight.copy_(of_shard(W, shard, 0))
+            layer.bias.copy_(of_shard(b, shard, 0))
+        program = torch.export.export(ShardedStep(head, step), (input[:3].detach(), target[:3]), dynamic_shapes=ROWS)
+        leaf = input.detach().requires_grad_()
+        loss = program.module()(leaf, target)
+        gradients = torch.autograd.grad(loss, [leaf, *program.module().parameters()])
+        answers.append((loss, gradients))
+    return answers
+
+
+ROWS = [{0: torch.export.Dim("rows", min=2)}] * 2
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_exported_programs_train(weighted, ranks):
+    *tensors, target, options = linear_problem((N,), D, K, {"weight": weighted} if weighted else {})
+    ends = SPLITS["2, uneven"]
+    answers = ranks.run(2, exported, ends, [tensor.detach() for tensor in tensors], target, options.get("weight"))
+    true_loss, _, (of_input, of_weight, of_bias), _ = linear_truth(*tensors, target, **options)
+    for linear in (False, True):
+        (loss, gradients), (other, others) = (answer[linear] for answer in answers)
+        assert torch.equal(loss, other)
+        torch.testing.assert_close(loss.double(), true_loss, rtol=1e-5, atol=1e-6)
+        # Plain, each rank has the gradient of its own logits; in one, the sum over the ranks.
+        found = gradients[0] if linear else gradients[0] + others[0]
+        torch.testing.assert_close(found.double(), of_input, rtol=1e-4, atol=1e-6)
+        for i, expected in ((1, of_weight), (2, of_bias)):
+            found = joined([gradients[i], others[i]], ends, 0)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def traced(group):
+    shard = VocabShard.even(K, group)
+    x, y, layer = torch.randn(3, D), torch.arange(3), torch.nn.Linear(D, K)
+    head = LinearSelfRegularizedEntropyLoss(D, K, shard=shard)
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        for step in (ShardedStep(layer, SelfRegularizedEntropyLoss(shard=shard)), ShardedStep(None, head)):
+            with pytest.raises(RuntimeError, match="knows no sharded classes, or use torch.export"):
+                torch.jit.trace(step, (x, y))
+            with pytest.raises(NotImplementedError, match="forward mode .* unless classes are sharded"):
+                torch.func.jvp(lambda x, step=step: step(x, y), (x,), (x,))
+        torch.jit.save(torch.jit.script(torch.nn.Sequential(Held(head), layer)), file)
+    file.seek(0)
+    return torch.jit.load(file)(x), layer(x)
+
+
+class Held(torch.nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, x):
+        return x
+
+
+def test_scripts_traces_and_forward_mode(ranks):
+    ((found, expected),) = ranks.run(1, traced)
+    assert torch.equal(found, expected)
 
 
 # -- linear layer and loss --------------------------------------------------------------------------------------------
