@@ -16,7 +16,6 @@ from torch.nn.modules import module as nn_module
 from .checks import is_dtensor
 
 LINEAR = torch.nn.Linear
-FORWARD, CALL = LINEAR.forward, LINEAR.__call__
 
 
 def _only_watched() -> bool:
@@ -66,8 +65,8 @@ def features_of(layer: torch.nn.Module, input: Tensor) -> Tensor | None:
     """The input as it meets the layer's weight and bias, (..., D), or None where the layer must be called."""
     kind = type(layer)
     if (
-        kind.forward is not FORWARD  # a parametrized layer has this one
-        or kind.__call__ is not CALL
+        kind.forward is not LINEAR.forward  # a parametrized layer has this one
+        or kind.__call__ is not LINEAR.__call__  # which tracers replace
         or "forward" in layer.__dict__
         or layer._compiled_call_impl is not None
         or (nn_module._has_any_global_hook() and not _only_watched())
