@@ -41,11 +41,19 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and type(value).__module__ == "numpy"
 
 
+def may_hold(condition: bool) -> bool:
+    """Whether it holds, or is of a number that a graph computes (``x.item()``), which while tracing nobody knows."""
+    if torch.compiler.is_compiling():
+        return torch.fx.experimental.symbolic_shapes.guard_or_true(condition)
+    return condition
+
+
 def _check_number(argument: str, value: object, low: float, high: float, expected: str) -> None:
     if not _is_number(value):
         raise _wrong(TypeError, argument, expected, value)
     # A comparison of NumPy's scalars with these bounds may overflow. Converting others would lose their symbols.
-    if not low <= (value if isinstance(value, (int, float)) else float(value)) <= high:
+    number = value if isinstance(value, (int, float)) else float(value)
+    if not (may_hold(number >= low) and may_hold(number <= high)):
         raise _wrong(ValueError, argument, expected, value)
 
 
@@ -86,7 +94,7 @@ def check_options(
     check_reg_weight(reg_weight)
     if not isinstance(ignore_index, (int, Integral)) or isinstance(ignore_index, bool):
         raise _wrong(TypeError, "ignore_index", "an int", ignore_index)
-    if not -(2**63) <= ignore_index < 2**63:
+    if not (may_hold(ignore_index >= -(2**63)) and may_hold(ignore_index < 2**63)):
         raise _wrong(ValueError, "ignore_index", "an int of 64 bits", ignore_index)
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise _wrong(ValueError, "reduction", "'none', 'mean' or 'sum'", reduction)
@@ -151,7 +159,7 @@ def _check_target(
     if target.shape == logits_shape:
         if target.dtype not in FLOATS:
             raise _wrong(TypeError, "target", "floating-point probabilities, since its shape is the logits'", target)
-        if ignore_index >= 0:
+        if not may_hold(ignore_index < 0):
             raise _wrong(ValueError, "ignore_index", "a negative number with target probabilities", ignore_index)
     else:
         if target.dtype not in (torch.int64, torch.uint8):
@@ -329,5 +337,5 @@ _warn_of_many_classes._dynamo_marked_constant = True
 
 def check_many_classes(num_classes: int, reg_weight: float | Tensor) -> None:
     """Warn, once a process, where the plain sum over many classes drowns the cross entropy."""
-    if num_classes >= MANY_CLASSES and not isinstance(reg_weight, Tensor) and reg_weight == 1:
+    if num_classes >= MANY_CLASSES and not isinstance(reg_weight, Tensor) and not may_hold(reg_weight != 1):
         _warn_of_many_classes()

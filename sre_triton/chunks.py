@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .backend import primitives
 from .collectives import group_of, row_stats, sum_of_weights
-from .ops import NUM_LOSSES, OPTIONS, needs_dispatch, scalar_of
+from .ops import NUM_LOSSES, OPTIONS, as_tensors, needs_dispatch
 from .reference import compute_dtype
 
 # Logits of a chunk, and the rows it has at least.
@@ -45,7 +45,6 @@ class How(NamedTuple):
     early: bool  # the gradients have the losses' factor in them
     group: str  # the name of the process group that shards the classes; "" where none does
     divide: bool  # the factor, by the sum of the targets' class weights, which are on all its ranks
-    options: tuple[int, float, float, float, int, int | None]  # the primitives' after c and λ'
 
 
 def rows_of_chunk(num_rows: int, num_classes: int, device: torch.device) -> int:
@@ -237,9 +236,8 @@ def linear_losses_and_gradients(
     weight: Tensor | None,  # (K,)
     factor: Tensor,  # ()
     upstream: Tensor | None,  # (), (N,)
-    c: float | Tensor,
-    reg_weight: float | Tensor,
     how: How,
+    *options,  # the primitives'
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The losses of each row, (4, N), those gradients of Σ factor * upstream * loss that are wanted, and the factor.
 
@@ -249,5 +247,5 @@ def linear_losses_and_gradients(
     others = how.backend, how.chunk_rows, how.dtype, list(how.wanted), how.early, how.group, how.divide
     arguments = *tensors, *others
     if any(tensor is not None and needs_dispatch(tensor, (tensor,)) for tensor in tensors):
-        return _op(*arguments, scalar_of(c), scalar_of(reg_weight), *how.options)
-    return _compute(*arguments, c, reg_weight, *how.options)
+        return _op(*arguments, *as_tensors(options))
+    return _compute(*arguments, *options)

@@ -33,11 +33,12 @@ NUM_STATS = NUM_LSE + NUM_SUMS
 # The dimension of the rows in each argument that has one.
 ROW_DIM = {"logits": 0, "target": 0, "scale": 0, "stats": 1}
 
-# The last arguments of all primitives. c and λ' are tensors, (), as torch.compile would compile numbers in; eager calls
-# take numbers as well. A softcap of 0 is none. The last two are of classes that are sharded: the first class of the
-# logits, and K with those of all other shards; targets that none of the logits belongs to are then another shard's.
+# The last arguments of all primitives. c, λ', ε, α and the softcap are tensors, (), as torch.compile would compile
+# numbers in; eager calls take numbers as well. Those that may be None are not in use then. The last two are of classes
+# that are sharded: the first class of the logits, and K with those of all other shards; targets that none of the logits
+# belongs to are then another shard's.
 OPTIONS = (
-    "Tensor c, Tensor reg_weight, int ignore_index, float label_smoothing, float z_loss, float softcap, "
+    "Tensor c, Tensor reg_weight, SymInt ignore_index, Tensor? label_smoothing, Tensor? z_loss, Tensor? softcap, "
     "int first_class=0, SymInt? all_classes=None"
 )
 
@@ -114,9 +115,12 @@ def needs_dispatch(logits: Tensor, args: tuple) -> bool:
     return not plain or is_watched() or any(map(is_batched, args))
 
 
-def scalar_of(value: float | Tensor) -> Tensor:
-    """As the registered ops take c and λ'."""
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+def as_tensors(options: tuple) -> list:
+    """The options as the registered ops take them."""
+    return [
+        torch.tensor(option, dtype=torch.float64, device="cpu") if isinstance(option, float) else option
+        for option in options
+    ]
 
 
 def batching_rule(op: Callable, out_row_dims: tuple[int, ...]) -> Callable:
@@ -175,8 +179,7 @@ def primitive(backend: str) -> Callable[[Callable], Callable]:
         def call(logits: Tensor, *args):
             if not needs_dispatch(logits, args):
                 return function(logits, *args)
-            tensors, (c, reg_weight, *others) = args[:num_tensors], args[num_tensors:]
-            return op(logits, *tensors, scalar_of(c), scalar_of(reg_weight), *others)
+            return op(logits, *args[:num_tensors], *as_tensors(args[num_tensors:]))
 
         call.op = op
         return call
