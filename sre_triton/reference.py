@@ -51,9 +51,7 @@ def coin_entropy(t: Tensor) -> Tensor:
 
 def _log(c: float, like: Tensor) -> float | Tensor:
     """log c; math.log would compile the number in."""
-    return (
-        torch.full((), c, dtype=like.dtype, device=like.device).log() if torch.compiler.is_compiling() else math.log(c)
-    )
+    return (like.new_ones(()) * c).log() if torch.compiler.is_compiling() else math.log(c)
 
 
 def target_distribution(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
