@@ -84,12 +84,12 @@ def ctas_per_multiprocessor(target: str, code: Code, num_warps: int) -> int:
 def call(kernel: str, num_classes: int, dtype: torch.dtype, options: dict[str, object]) -> None:
     """Launch a kernel on tensors that nobody looks into."""
     num_rows = ELEMENTS // num_classes
-    options = {"label_smoothing": 0.0, "z_loss": 0.0, "softcap": 0.0} | options
+    options = {"label_smoothing": None, "z_loss": None, "softcap": None} | options
     weight = torch.empty(num_classes) if options.pop("weight", False) else None
     logits, target = torch.empty(num_rows, num_classes, dtype=dtype), torch.empty(num_rows, dtype=torch.long)
     if options.pop("probabilities", False):
         target = torch.empty(num_rows, num_classes, dtype=dtype)
-    scalars = torch.tensor(1e-7, dtype=torch.float64), torch.tensor(1.0), -100, *options.values()
+    scalars = 1e-7, 1.0, -100, *options.values()
     stats, scale = torch.empty(7, num_rows), torch.ones(()).expand(num_rows)
     given = {
         "row_loss_and_gradient": (target, weight, scale, *scalars),

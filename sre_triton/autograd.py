@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .backend import primitives
-from .ops import DOUBLE_BACKWARD, FORWARD_AD, is_batched, is_watched
+from .ops import DOUBLE_BACKWARD, FORWARD_AD, is_batched, is_watched, kept_options, options_again
 
 SECOND_BACKWARD = (
     "self_regularized_entropy: the gradient was computed together with the loss and handed over by the first backward; "
@@ -122,20 +122,16 @@ class Recompute(torch.autograd.Function):
         ctx.num_inputs = len(inputs)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses, stats)
-        # c and λ' are numbers or tensors.
-        ctx.options = tuple(None if isinstance(option, Tensor) else option for option in options)
-        scalars = (option if isinstance(option, Tensor) else None for option in options[:2])
-        ctx.save_for_backward(rows, target, weight, factor, stats, *scalars)
+        ctx.save_for_backward(rows, target, weight, factor, stats, *kept_options(ctx, options))
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
         no_more = (None,) * (ctx.num_inputs - 1)
         if grad_loss is None:
             return None, *no_more
-        rows, target, weight, factor, stats, *scalars = ctx.saved_tensors
+        rows, target, weight, factor, stats, *saved = ctx.saved_tensors
         scale = (factor * grad_loss).expand(rows.shape[0])
-        scalars = (number if saved is None else saved for saved, number in zip(scalars, ctx.options[:2], strict=True))
-        arguments = (target, weight, stats, scale, *scalars, *ctx.options[2:])
+        arguments = (target, weight, stats, scale, *options_again(ctx, saved))
         if torch.compiler.is_compiling():
             return primitives(ctx.backend).row_gradient(rows, *arguments), *no_more
         if ctx.inplace and not is_functional(grad_loss):

@@ -40,13 +40,21 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and type(value).__module__ == "numpy"
 
 
+def may_hold(condition: bool) -> bool:
+    """Whether it holds, or is of a number that a graph computes (``x.item()``), which while tracing nobody knows."""
+    if torch.compiler.is_compiling():
+        return torch.fx.experimental.symbolic_shapes.guard_or_true(condition)
+    return condition
+
+
 def _check_number(argument: str, value: object, low: float, high: float, expected: str, mend: str = "") -> None:
     """The number is in its range; ``mend`` says what to do instead of 0."""
     if not _is_number(value):
         mend = f"{argument}.item() makes a number of it" if isinstance(value, Tensor) else ""
         raise wrong(TypeError, argument, expected, value, mend)
     # A comparison of NumPy's scalars with these bounds may overflow. Converting others would lose their symbols.
-    if not low <= (value if isinstance(value, (int, float)) else float(value)) <= high:
+    number = value if isinstance(value, (int, float)) else float(value)
+    if not (may_hold(number >= low) and may_hold(number <= high)):
         raise wrong(ValueError, argument, expected, value, mend if value == 0 else "")
 
 
@@ -93,7 +101,7 @@ def check_options(
     check_reg_weight(reg_weight)
     if not isinstance(ignore_index, (int, Integral)) or isinstance(ignore_index, bool):
         raise wrong(TypeError, "ignore_index", "an int", ignore_index)
-    if not -(2**63) <= ignore_index < 2**63:
+    if not (may_hold(ignore_index >= -(2**63)) and may_hold(ignore_index < 2**63)):
         raise wrong(ValueError, "ignore_index", "an int of 64 bits", ignore_index)
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise wrong(ValueError, "reduction", "'none', 'mean' or 'sum'", reduction)
@@ -208,7 +216,7 @@ def _check_target(
         if target.dtype not in FLOATS:
             expected = "floating-point probabilities, since its shape is the logits'"
             raise wrong(TypeError, "target", expected, target, _way_to_floats("target", target))
-        if ignore_index >= 0:
+        if not may_hold(ignore_index < 0):
             raise wrong(ValueError, "ignore_index", "a negative number with target probabilities", ignore_index)
     else:
         check_indices(target, logits_shape, dim)

@@ -28,9 +28,11 @@ from .ops import (
     NUM_OPTIONS,
     OPTIONS,
     OTHER_GRADIENTS,
+    as_tensors,
     hidden_from_modes,
+    kept_options,
     needs_dispatch,
-    scalar_of,
+    options_again,
     without_forward_ad,
 )
 from .reference import compute_dtype
@@ -57,7 +59,6 @@ class How(NamedTuple):
     early: bool  # the gradients have the losses' factor in them
     group: str  # the name of the process group that shards the classes; "" where none does
     divide: bool  # the factor, by the sum of the targets' class weights, which are on all its ranks
-    options: tuple[int, float, float, float, int, int | None]  # the primitives' after c and λ'
 
 
 def rows_of_chunk(num_rows: int, num_classes: int, device: torch.device) -> int:
@@ -254,23 +255,22 @@ def _flops(
 def _setup_context(ctx, inputs, output):
     if any(ctx.needs_input_grad[3:5]):
         raise ValueError(OTHER_GRADIENTS)
-    c, reg_weight, *ctx.options = inputs[-NUM_OPTIONS:]
     ctx.backend, ctx.chunk_rows, ctx.dtype, _, _, ctx.group, _ = inputs[7:-NUM_OPTIONS]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[-1])
-    ctx.save_for_backward(*inputs[:5], c, reg_weight)
+    ctx.save_for_backward(*inputs[:5], *kept_options(ctx, inputs[-NUM_OPTIONS:]))
 
 
 def _backward(ctx, grad_losses, *grad_gradients):
     """Logits and gradients are computed anew: what the losses are multiplied by later is known now alone."""
     if any(gradient is not None for gradient in grad_gradients):
         raise RuntimeError(DOUBLE_BACKWARD)
-    *tensors, c, reg_weight = ctx.saved_tensors
+    tensors, saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
     upstream = grad_losses[0]  # The other losses are the parts, through which no gradient flows.
     wanted = list(ctx.needs_input_grad[:3])
     one = torch.ones_like(upstream[:1]).squeeze(0)
     how = ctx.backend, ctx.chunk_rows, ctx.dtype, wanted, True, ctx.group, False
-    _, *gradients, _ = _op(*tensors, one, upstream, *how, c, reg_weight, *ctx.options)
+    _, *gradients, _ = _op(*tensors, one, upstream, *how, *options_again(ctx, saved))
     gradients = (gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted, strict=True))
     return *gradients, *(None,) * (len(ctx.needs_input_grad) - 3)
 
@@ -297,9 +297,8 @@ def linear_losses_and_gradients(
     weight: Tensor | None,  # (K,)
     factor: Tensor,  # ()
     upstream: Tensor | None,  # (), (N,)
-    c: float | Tensor,
-    reg_weight: float | Tensor,
     how: How,
+    *options,  # the primitives'
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The losses of each row, (4, N), those gradients of Σ factor * upstream * loss that are wanted, and the factor.
 
@@ -309,5 +308,5 @@ def linear_losses_and_gradients(
     others = how.backend, how.chunk_rows, how.dtype, list(how.wanted), how.early, how.group, how.divide
     arguments = *tensors, *others
     if any(tensor is not None and needs_dispatch(tensor, (tensor,)) for tensor in tensors):
-        return _op(*arguments, scalar_of(c), scalar_of(reg_weight), *how.options)
-    return _compute(*arguments, c, reg_weight, *how.options)
+        return _op(*arguments, *as_tensors(options))
+    return _compute(*arguments, *options)

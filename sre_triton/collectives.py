@@ -30,12 +30,12 @@ from .ops import (
     NUM_STATS,
     NUM_SUMS,
     OPTIONS,
+    as_tensors,
     batching_rule,
     hidden_from_modes,
     needs_dispatch,
     new_numbers,
     register_formula,
-    scalar_of,
     without_forward_ad,
 )
 from .passes import Row, local_class, losses_of
@@ -60,7 +60,8 @@ NOT_EVERY_CLASS_ONCE = "shard: expected the shards of the group's ranks to hold 
 # What travels in front of the numbers
 
 
-NUM_SAME, NUM_SUMMED = 6, 2
+NUM_DIGEST, NUM_VALUES, NUM_SUMMED = 3, 6, 2
+NUM_SAME = NUM_DIGEST + NUM_VALUES
 
 
 def _digest(text: str, count: int, bits: int) -> list[int]:
@@ -73,21 +74,21 @@ def _digest(text: str, count: int, bits: int) -> list[int]:
 def _constants(text: str, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     ends = zip(_digest(str(stop), NUM_SUMMED, 12), _digest(str(start), NUM_SUMMED, 12), strict=True)
     with torch.inference_mode(False):
-        numbers = [*_digest(text, 3, 16), 0, 0, 0, *(stop - start for stop, start in ends)]
+        numbers = [*_digest(text, NUM_DIGEST, 16), *[0] * NUM_VALUES, *(stop - start for stop, start in ends)]
         return torch.tensor(numbers, dtype=dtype, device=device)
 
 
-def _header(text: str, values: tuple[float | Tensor, ...], start: int, stop: int, like: Tensor) -> Tensor:
+def _header(text: str, values: tuple[float | Tensor | None, ...], start: int, stop: int, like: Tensor) -> Tensor:
     """(NUM_SAME + NUM_SUMMED,): what is the same on all ranks, and what has the same sum over them wherever they meet.
 
-    Same are a digest of the call and three values. The sum is that of digest(stop) - digest(start): if the shards hold
-    every class once, all ends but the outermost cancel.
+    Same are a digest of the call and the values, of which None counts as 0. The sum is that of digest(stop) -
+    digest(start): if the shards hold every class once, all ends but the outermost cancel.
     """
     header = _constants(text, start, stop, like.dtype, like.device).clone()
-    for i, value in enumerate(values, NUM_SAME - 3):
+    for i, value in enumerate(values, NUM_DIGEST):
         if isinstance(value, Tensor):
             header[i].copy_(value)
-        else:
+        elif value is not None:
             header[i].fill_(value)
     return header
 
@@ -186,7 +187,7 @@ def row_stats(
 
     The ``factor`` with which the losses will be multiplied must be the same on all ranks, and so must ``call``.
     """
-    c, reg_weight, *others, first_class, num_classes = options
+    c, reg_weight, ignore_index, *others, first_class, num_classes = options
     num_rows, num_here = logits.shape
     indices = target.dim() == 1
 
@@ -195,8 +196,8 @@ def row_stats(
         stats = row_primitives.row_lse(logits, target, weight, *options)
     else:
         stats.zero_()[0] = -torch.inf
-    call = repr((*call, num_rows, num_classes, logits.dtype, indices, weight is None, *others))
-    header = _header(call, (c, reg_weight, factor), first_class, first_class + num_here, stats)
+    call = repr((*call, num_rows, num_classes, logits.dtype, indices, weight is None, ignore_index))
+    header = _header(call, (factor, c, reg_weight, *others), first_class, first_class + num_here, stats)
     # Without class weights, ω is 1.
     sent = stats if weight is not None else stats[: NUM_LSE - 1]
     stats, rest = _combine(sent, header, stats.new_empty(0) if rest is None else rest, group, num_classes)
@@ -242,5 +243,4 @@ def row_loss(
         logits = logits.detach()
     if not needs_dispatch(logits, (target, weight, factor)):
         return _row_loss(logits, target, weight, factor, backend, group, *options)
-    c, reg_weight, *others = options
-    return _op(logits, target, weight, factor, backend, group, scalar_of(c), scalar_of(reg_weight), *others)
+    return _op(logits, target, weight, factor, backend, group, *as_tensors(options))

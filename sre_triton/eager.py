@@ -37,9 +37,9 @@ def row_loss(
     c: float | Tensor,
     reg_weight: float | Tensor,
     ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    label_smoothing: float | Tensor | None,
+    z_loss: float | Tensor | None,
+    softcap: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of each row, (N,), and, detached, its losses as in ops.py, (4, N)."""
     num_classes = logits.shape[1]
@@ -49,7 +49,7 @@ def row_loss(
     if look:
         ignored = target == ignore_index
         z = torch.where(ignored.unsqueeze(1), 0, z)
-    if softcap:
+    if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     m = z.detach().amax(1, keepdim=True)
     if look:
@@ -65,22 +65,27 @@ def row_loss(
     h = coin_entropy(t)
 
     w = None if weight is None else weight.to(z.dtype)
+    smoothed = label_smoothing is not None
+    label_smoothing = label_smoothing if smoothed else 0.0
     even = label_smoothing / num_classes
     if indices:
         omega = 1 if w is None else w[target]
         column = target.unsqueeze(1)
         h_target = h.gather(1, column).squeeze(1)
         H = (1 - label_smoothing) * omega * (log_sum - d.gather(1, column)).squeeze(1)
-        if label_smoothing:
+        if smoothed:
             H = H + even * cross_entropy(d - log_sum, z.new_ones(num_classes) if w is None else w)
     else:
         y = target.to(z.dtype)
         omega = 1 if w is None else (w * y).sum(1)
         h_target = (y * h).sum(1)
-        y = (1 - label_smoothing) * y + even if label_smoothing else y
+        y = (1 - label_smoothing) * y + even if smoothed else y
         H = cross_entropy(d - log_sum, y if w is None else w * y)
     S = omega * ((1 - even) * h.sum(1) - (1 - label_smoothing) * h_target)
-    z_penalty = z_loss * omega * (m + log_sum).squeeze(1).square()
-    loss = H - reg_weight * S + z_penalty
+    loss = H - reg_weight * S
+    z_penalty = torch.zeros_like(loss)
+    if z_loss is not None:
+        z_penalty = z_loss * omega * (m + log_sum).squeeze(1).square()
+        loss = loss + z_penalty
     losses = torch.stack([loss, H, S, z_penalty]).detach()
     return (torch.where(ignored, 0, loss), torch.where(ignored, 0, losses)) if look else (loss, losses)

@@ -29,25 +29,28 @@ def _number(value: float, dtype: torch.dtype) -> Tensor:
         return torch.tensor(value, dtype=dtype, device="cpu")
 
 
-@functools.lru_cache(maxsize=64)
+def _scalar(value: float | Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value if value.dtype == dtype or value.device.type != "cpu" else value.to(dtype)
+    return None if value is None else _number(value, dtype)
+
+
 def _numbers(
     dtype, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap, first_class=0, all_classes=None
 ) -> Numbers:
-    """The options as the passes take them."""
-    others = (_number(value, dtype) if value > 0 else None for value in (label_smoothing, z_loss, softcap))
-    first = _number(c, torch.float64), _number(reg_weight, torch.float64), _number(ignore_index, torch.int64)
+    first = _scalar(c, torch.float64), _scalar(reg_weight, torch.float64), _number(ignore_index, torch.int64)
+    others = _scalar(label_smoothing, dtype), _scalar(z_loss, dtype), _scalar(softcap, dtype)
     shard = () if all_classes is None else (_number(first_class, torch.int64), _number(all_classes, torch.int64))
     return Numbers(*first, *others, *shard)
 
 
-def numbers_of(dtype, c: float | Tensor, reg_weight: float | Tensor, *others) -> Numbers:
-    """The same where c and λ' may be tensors."""
-    if not isinstance(c, Tensor) and not isinstance(reg_weight, Tensor):
-        return _numbers(dtype, c, reg_weight, *others)
-    c = c if isinstance(c, Tensor) else _number(c, torch.float64)
-    reg_weight = reg_weight if isinstance(reg_weight, Tensor) else _number(reg_weight, torch.float64)
-    reg_weight = reg_weight.double() if reg_weight.device.type == "cpu" else reg_weight
-    return _numbers(dtype, 1.0, 1.0, *others)._replace(c=c, reg_weight=reg_weight)
+_numbers_of_numbers = functools.lru_cache(maxsize=64)(_numbers)
+
+
+def numbers_of(dtype: torch.dtype, c: float | Tensor, reg_weight: float | Tensor, *others) -> Numbers:
+    """The options as the passes take them."""
+    numbers = not isinstance(c, Tensor) and not isinstance(reg_weight, Tensor)  # then the others are none either
+    return (_numbers_of_numbers if numbers else _numbers)(dtype, c, reg_weight, *others)
 
 
 def _run(

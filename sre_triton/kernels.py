@@ -39,6 +39,7 @@ from .rows import (
     shares,
     stats_of,
     sums_with_targets,
+    values_of,
     zeros,
 )
 from .tiles import (
@@ -349,6 +350,7 @@ def row_loss_kernel(
     V: tl.constexpr,
 ):  # fmt: skip
     """row_loss with stats_ptr, row_loss_and_gradient with gradient_ptr."""
+    opts = values_of(opts, V.PTX)
     if V.STAGES == 0:
         rows = program_rows(V)
         inside = None if V.ROWS == 1 else rows < inputs.num_rows
@@ -370,6 +372,7 @@ def row_loss_kernel(
 @triton.jit
 def row_lse_kernel(inputs, opts, stats_ptr, V: tl.constexpr):
     """The first five statistics."""
+    opts = values_of(opts, V.PTX)
     rows = program_rows(V)
     inside = None if V.ROWS == 1 else rows < inputs.num_rows
     target, counted = counted_targets(inputs, opts, rows, inside, V)
@@ -397,6 +400,7 @@ def _numbers_from_stats(inputs, opts, stats_ptr, rows, inside, counted, V: tl.co
 @triton.jit
 def row_sums_kernel(inputs, opts, stats_ptr, sums_ptr, V: tl.constexpr):
     """The last two statistics."""
+    opts = values_of(opts, V.PTX)
     rows = program_rows(V)
     inside = None if V.ROWS == 1 else rows < inputs.num_rows
     target, counted = counted_targets(inputs, opts, rows, inside, V)
@@ -417,6 +421,7 @@ def row_gradient_kernel(
     inputs, opts, stats_ptr, scale_ptr, scale_stride, gradient_ptr, gradient_stride, V: tl.constexpr
 ):  # fmt: skip
     """The gradient of scale * loss."""
+    opts = values_of(opts, V.PTX)
     rows = program_rows(V)
     inside = None if V.ROWS == 1 else rows < inputs.num_rows
     target, counted = counted_targets(inputs, opts, rows, inside, V)

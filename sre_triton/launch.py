@@ -62,28 +62,26 @@ def _in_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
-def _number_or_pointer(scalar: float | Tensor) -> tuple[float | None, Tensor | None]:
-    """A number, or the value of a tensor on the CPU, or the tensor: looking at one on a GPU would wait for it."""
-    if isinstance(scalar, float):
-        return scalar, None
-    return (scalar.item(), None) if scalar.device.type == "cpu" else (None, scalar)
+def _scalar(value: float | Tensor | None) -> float | Tensor | None:
+    """The value of a tensor on the CPU; one on a GPU stays a tensor, as looking at it would wait for the GPU."""
+    return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value
 
 
 def _options(c, reg_weight, ignore_index, label_smoothing, z_loss, softcap) -> Options:
-    c, c_ptr = _number_or_pointer(c)
-    reg_weight, reg_weight_ptr = _number_or_pointer(reg_weight)
-    log2_c = 0.0 if c is None else math.log2(c)
+    c = _scalar(c)
+    whole = rest = None
+    if isinstance(c, float):
+        log2_c = math.log2(c)
+        whole, rest = float(round(log2_c)), log2_c - round(log2_c)
     return Options(
         c=c,
-        log2_c_whole=float(round(log2_c)),
-        log2_c_rest=log2_c - round(log2_c),
-        c_ptr=c_ptr,
-        reg_weight=reg_weight,
-        reg_weight_ptr=reg_weight_ptr,
+        log2_c_whole=whole,
+        log2_c_rest=rest,
+        reg_weight=_scalar(reg_weight),
         ignore_index=ignore_index,
-        label_smoothing=label_smoothing or None,
-        z_loss=z_loss or None,
-        softcap=softcap or None,
+        label_smoothing=_scalar(label_smoothing),
+        z_loss=_scalar(z_loss),
+        softcap=_scalar(softcap),
     )
 
 

@@ -25,8 +25,8 @@ from .checks import (
     under_autocast,
 )
 from .chunks import How, linear_losses_and_gradients
-from .loss import backend_of, factor_of, is_transformed, per_class_of, result_of, returned, scalars_of, share_of
-from .ops import DOUBLE_BACKWARD, hidden_from_modes, is_watched
+from .loss import backend_of, factor_of, is_transformed, options_of, per_class_of, result_of, returned, share_of
+from .ops import DOUBLE_BACKWARD, hidden_from_modes, is_watched, kept_options, options_again
 from .reference import Parts
 from .shard import VocabShard
 
@@ -59,17 +59,21 @@ class LinearSinglePass(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, linear_weight, linear_bias, target, weight, factor, c, reg_weight, reduction, how):
+    def forward(
+        input, linear_weight, linear_bias, target, weight, factor, reduction, how,
+        c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes,
+    ):  # fmt: skip
+        options = (c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes)
         # With 1/N in them, gradients in float16 would vanish before the loss scaler reaches them.
         how = how._replace(early=how.dtype != torch.float16)
         tensors = input, linear_weight, linear_bias, target, weight, factor
-        losses, *gradients, factor = linear_losses_and_gradients(*tensors, None, c, reg_weight, how)
+        losses, *gradients, factor = linear_losses_and_gradients(*tensors, None, how, *options)
         return reduced(losses[0], factor, reduction, how.backend), losses, factor, *gradients
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, losses, factor, *gradients = output
-        ctx.how = inputs[-1]
+        ctx.num_inputs, ctx.how = len(inputs), inputs[7]
         ctx.handed_over = NO_GRADIENTS
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses, factor, *(gradients if torch.compiler.is_compiling() else ()))
@@ -84,7 +88,7 @@ class LinearSinglePass(torch.autograd.Function):
         if not compiling and any(map(operator.and_, asked, ctx.handed_over)):
             raise RuntimeError(SECOND_BACKWARD)
         if grad_loss is None:
-            return (None,) * 10
+            return (None,) * ctx.num_inputs
         factor, *gradients = ctx.saved_tensors
         if ctx.how.dtype == torch.float16:
             # Infinite where no row is counted, and all gradients are 0.
@@ -104,7 +108,7 @@ class LinearSinglePass(torch.autograd.Function):
                 scaled.append(primitives(ctx.how.backend).scale_gradient_(rows, grad_loss).view_as(gradient))
         if not functional:
             ctx.handed_over = handed_over
-        return *scaled, *(None,) * 7
+        return *scaled, *(None,) * (ctx.num_inputs - 3)
 
 
 class LinearRecompute(torch.autograd.Function):
@@ -113,38 +117,37 @@ class LinearRecompute(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, linear_weight, linear_bias, target, weight, factor, c, reg_weight, reduction, how):
+    def forward(
+        input, linear_weight, linear_bias, target, weight, factor, reduction, how,
+        c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes,
+    ):  # fmt: skip
+        options = (c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes)
         tensors = input, linear_weight, linear_bias, target, weight, factor
         how = how._replace(wanted=NO_GRADIENTS)
-        losses, *_, factor = linear_losses_and_gradients(*tensors, None, c, reg_weight, how)
+        losses, *_, factor = linear_losses_and_gradients(*tensors, None, how, *options)
         return reduced(losses[0], factor, reduction, how.backend), losses, factor
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, c, reg_weight, _, ctx.how = inputs
+        *tensors, _, ctx.how = inputs[:8]
+        ctx.num_inputs = len(inputs)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        # c and λ' are numbers or tensors.
-        ctx.scalars = tuple(None if isinstance(scalar, Tensor) else scalar for scalar in (c, reg_weight))
-        saved = (scalar if isinstance(scalar, Tensor) else None for scalar in (c, reg_weight))
-        ctx.save_for_backward(*tensors, *saved)
+        ctx.save_for_backward(*tensors, *kept_options(ctx, inputs[8:]))
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
         if grad_loss is None:
-            return (None,) * 10
-        *tensors, saved_c, saved_reg_weight = ctx.saved_tensors
-        c, reg_weight = (
-            number if saved is None else saved
-            for saved, number in zip((saved_c, saved_reg_weight), ctx.scalars, strict=True)
-        )
+            return (None,) * ctx.num_inputs
+        tensors, saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         asked = _asked_for(ctx, ctx.how.wanted)
-        arguments = *tensors, grad_loss, c, reg_weight, ctx.how._replace(wanted=asked)
+        arguments = *tensors, grad_loss, ctx.how._replace(wanted=asked), *options_again(ctx, saved)
         if torch.compiler.is_compiling():
             _, *gradients, _ = linear_losses_and_gradients(*arguments)
         else:
             _, *gradients, _ = apply(_LinearGradients, *arguments, count=3)
-        return *(g if ask else None for g, ask in zip(gradients, asked, strict=True)), *(None,) * 7
+        gradients = (g if ask else None for g, ask in zip(gradients, asked, strict=True))
+        return *gradients, *(None,) * (ctx.num_inputs - 3)
 
 
 class _LinearGradients(torch.autograd.Function):
@@ -153,9 +156,13 @@ class _LinearGradients(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, linear_weight, linear_bias, target, weight, factor, upstream, c, reg_weight, how):
+    def forward(
+        input, linear_weight, linear_bias, target, weight, factor, upstream, how,
+        c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes,
+    ):  # fmt: skip
+        options = (c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes)
         tensors = input, linear_weight, linear_bias, target, weight, factor, upstream
-        return linear_losses_and_gradients(*tensors, c, reg_weight, how)
+        return linear_losses_and_gradients(*tensors, how, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -218,7 +225,10 @@ def linear_self_regularized_entropy(
         ignore_index: rows with this class index have loss 0, and nothing of them reaches any gradient, not even NaN;
             a CPU spends no time on them.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in ``F.cross_entropy``.
-        denominator: with ``"mean"``, divide by this number or 0-dim tensor instead, through which no gradient flows.
+        denominator: with ``"mean"``, divide by this number or 0-dim tensor instead, through which no gradient
+            flows. Pass a count that is a tensor as it is: ``count.item()`` waits for a GPU, and ends a graph of
+            ``torch.compile`` (with ``fullgraph=True`` an error) unless
+            ``torch._dynamo.config.capture_scalar_outputs`` is set.
         label_smoothing: ε; y becomes (1 - ε) y + ε / K.
         z_loss: α >= 0; adds α lse².
         softcap: s > 0; the logits become s tanh(z / s) first.
@@ -309,8 +319,6 @@ def linear_self_regularized_entropy(
     # A program that is exported has the op's formula, whatever is wanted now.
     wants_gradient = torch.is_grad_enabled() and not torch.compiler.is_exporting()
     wanted = tuple(wants_gradient and tensor is not None and tensor.requires_grad for tensor in tensors)
-    options = int(ignore_index), float(label_smoothing), float(z_loss), float(softcap or 0.0)
-    of_classes = (0, None) if shard is None else (shard.start, shard.num_classes)
     how = How(
         backend=name,
         chunk_rows=int(chunk_rows or 0),
@@ -319,21 +327,20 @@ def linear_self_regularized_entropy(
         early=True,
         group="" if shard is None else shard.name,
         divide=divide,
-        options=(*options, *of_classes),
     )
-    scalars = scalars_of(c, reg_weight, per_class, name, rows)
+    options = options_of(c, reg_weight, ignore_index, label_smoothing, z_loss, softcap, per_class, name, rows, shard)
 
     if name == "eager":
         if indices and not none_ignored:
             rows = torch.where((target == ignore_index).unsqueeze(1), 0, rows)
         logits = F.linear(rows, linear_weight, linear_bias)
-        loss, losses = eager.row_loss(logits, target, weight, none_ignored, *scalars, *options)
+        loss, losses = eager.row_loss(logits, target, weight, none_ignored, *options[:-2])  # without those of a shard
         loss = reduced(loss, factor, reduction, name)
     elif any(wanted) or is_transformed():
         function = LinearSinglePass if any(wanted) and reduction != "none" else LinearRecompute
-        loss, losses, factor, *_ = apply(function, *tensors, target, weight, factor, *scalars, reduction, how, count=3)
+        loss, losses, factor, *_ = apply(function, *tensors, target, weight, factor, reduction, how, *options, count=3)
     else:
-        losses, *_, factor = linear_losses_and_gradients(*tensors, target, weight, factor, None, *scalars, how)
+        losses, *_, factor = linear_losses_and_gradients(*tensors, target, weight, factor, None, how, *options)
         loss = reduced(losses[0], factor, reduction, name)
     loss, parts = result_of(loss, losses, factor, per_class, reduction=reduction, shape=shape, with_parts=return_parts)
     return returned(loss, parts, layout, reduction, return_parts)

@@ -18,6 +18,7 @@ from .checks import (
     check_range,
     check_tensors,
     is_dtensor,
+    may_hold,
     of_shard,
     warn_once,
 )
@@ -60,23 +61,25 @@ def per_class_of(class_mean: bool | None, num_classes: int) -> float:
     return 1 / (num_classes - 1) if num_classes > 1 else 0.0
 
 
-def scalars_of(c, reg_weight, per_class: float, backend: str, rows: Tensor) -> tuple[float | Tensor, float | Tensor]:
-    """c, and λ' times what the mean over the classes makes of it, as the primitives take them."""
+def options_of(
+    c, reg_weight, ignore_index, label_smoothing, z_loss, softcap, per_class: float, backend: str, rows: Tensor, shard
+) -> tuple:
+    """The last arguments of the primitives, ops.OPTIONS: λ' is λ times what the mean over the classes makes of it."""
+    number, device = float, "cpu"
     if torch.compiler.is_compiling():
-        # A number times a tensor, which is traced without compiling the number in. In a graph for a GPU, nothing may
-        # lie on the CPU if it is to become a CUDA graph.
-        one = torch.ones((), dtype=torch.float64, device=rows.device if backend == "triton" else "cpu")
-        c = one * c
-        if not isinstance(reg_weight, Tensor):
-            return c, one * reg_weight * per_class
+        # A tensor times a number is traced without compiling the number in. In a graph for a GPU, nothing may lie on
+        # the CPU if it is to become a CUDA graph.
+        device = rows.device if backend == "triton" else "cpu"
+        number = torch.ones((), dtype=torch.float64, device=device).mul
+    reg_weight = value_on_cpu(reg_weight)
+    if isinstance(reg_weight, Tensor):
+        device = device if reg_weight.device.type == "cpu" else rows.device
+        reg_weight = reg_weight.detach().to(device, compute_dtype(rows.dtype))
     else:
-        c = float(c)
-        reg_weight = value_on_cpu(reg_weight)
-        if not isinstance(reg_weight, Tensor):
-            return c, float(reg_weight) * per_class
-    device = c.device if isinstance(c, Tensor) else "cpu"
-    device = device if reg_weight.device.type == "cpu" else rows.device
-    return c, reg_weight.detach().to(device, compute_dtype(rows.dtype)) * per_class
+        reg_weight = number(reg_weight)
+    others = [None if x is None or not may_hold(x != 0) else number(x) for x in (label_smoothing, z_loss, softcap)]
+    of_classes = (0, None) if shard is None else (shard.start, shard.num_classes)
+    return number(c), reg_weight * per_class, int(ignore_index), *others, *of_classes
 
 
 def is_transformed() -> bool:
@@ -194,6 +197,9 @@ def self_regularized_entropy(
         ignore_index: rows with this class index have loss 0 and gradient 0, whatever they hold.
         reduction: ``"mean"`` (over the weights of the rows that are not ignored), ``"sum"`` or ``"none"``.
         denominator: with ``"mean"``, divide by this number or 0-dim tensor instead, through which no gradient flows.
+            Pass a count that is a tensor as it is: ``count.item()`` waits for a GPU, and ends a graph of
+            ``torch.compile`` (with ``fullgraph=True`` an error) unless
+            ``torch._dynamo.config.capture_scalar_outputs`` is set.
         label_smoothing: ε; y becomes (1 - ε) y + ε / K.
         z_loss: α >= 0; adds α lse², lse the logsumexp of the row.
         softcap: s > 0; the logits become s tanh(z / s) first.
@@ -291,13 +297,9 @@ def self_regularized_entropy(
     factor = factor_of(reduction, count, rows, num_classes, target, weight, ignore_index, none_ignored, name)
     if share != 1:
         factor = factor * share
-    scalars = scalars_of(c, reg_weight, per_class, name, rows)
-    options = *scalars, int(ignore_index), float(label_smoothing), float(z_loss), float(softcap or 0.0)
+    options = options_of(c, reg_weight, ignore_index, label_smoothing, z_loss, softcap, per_class, name, rows, shard)
     known = None, None
-    if shard is None:
-        options = *options, 0, None
-    else:
-        options = *options, shard.start, shard.num_classes
+    if shard is not None:
         losses, stats = known = row_loss(rows, target, weight, factor, name, shard.name, *options)
         if sum_later:
             counted = (target != ignore_index) & (target >= 0) & (target < num_classes)

@@ -55,11 +55,12 @@ NUM_STATS = NUM_LSE + NUM_SUMS
 # The dimension of the rows in each argument that has one.
 ROW_DIM = {"logits": 0, "target": 0, "scale": 0, "stats": 1}
 
-# The last arguments of all primitives. c and λ' are tensors, (), as torch.compile would compile numbers in; eager calls
-# take numbers as well. A softcap of 0 is none. The last two are of classes that are sharded: the first class of the
-# logits, and K with those of all other shards; targets that none of the logits belongs to are then another shard's.
+# The last arguments of all primitives. c, λ', ε, α and the softcap are tensors, (), as torch.compile would compile
+# numbers in; eager calls take numbers as well. Those that may be None are not in use then. The last two are of classes
+# that are sharded: the first class of the logits, and K with those of all other shards; targets that none of the logits
+# belongs to are then another shard's.
 OPTIONS = (
-    "Tensor c, Tensor reg_weight, int ignore_index, float label_smoothing, float z_loss, float softcap, "
+    "Tensor c, Tensor reg_weight, SymInt ignore_index, Tensor? label_smoothing, Tensor? z_loss, Tensor? softcap, "
     "int first_class=0, SymInt? all_classes=None"
 )
 NUM_OPTIONS = OPTIONS.count(",") + 1
@@ -162,9 +163,23 @@ def value_on_cpu(number: float | Tensor) -> float | Tensor:
     return number
 
 
-def scalar_of(value: float | Tensor) -> Tensor:
-    """As the registered ops take c and λ'."""
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+def as_tensors(options: tuple) -> list:
+    """The options as the registered ops take them."""
+    return [
+        torch.tensor(option, dtype=torch.float64, device="cpu") if isinstance(option, float) else option
+        for option in options
+    ]
+
+
+def kept_options(ctx, options: tuple) -> list[Tensor | None]:
+    """The scalars among the options that are tensors, to be saved; the ctx keeps the others."""
+    ctx.options = tuple(None if isinstance(option, Tensor) else option for option in options)
+    return [option if isinstance(option, Tensor) else None for option in options]
+
+
+def options_again(ctx, saved: list[Tensor | None]) -> list:
+    """The options, from what was saved of them."""
+    return [option if tensor is None else tensor for tensor, option in zip(saved, ctx.options, strict=True)]
 
 
 def batching_rule(op: Callable, out_row_dims: tuple[int, ...]) -> Callable:
@@ -235,14 +250,13 @@ def register_formula(op: Callable, backend_of: Callable[[tuple], str], with_stat
             ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         ctx.backend = backend_of(inputs)
-        c, reg_weight, *ctx.options = inputs[-NUM_OPTIONS:]
-        ctx.save_for_backward(*inputs[:3], stats, c, reg_weight)
+        ctx.save_for_backward(*inputs[:3], stats, *kept_options(ctx, inputs[-NUM_OPTIONS:]))
 
     def backward(ctx, grad_losses, grad_gradient):
         if grad_gradient is not None:
             raise RuntimeError(DOUBLE_BACKWARD)
-        logits, target, weight, stats, c, reg_weight = ctx.saved_tensors
-        options = c, reg_weight, *ctx.options
+        logits, target, weight, stats, *saved = ctx.saved_tensors
+        options = options_again(ctx, saved)
         if stats is None:
             _, stats = OPS[ctx.backend, "row_loss"](logits, target, weight, *options)
         # The other losses are the parts, through which no gradient flows.
@@ -292,8 +306,7 @@ def primitive(backend: str) -> Callable[[Callable], Callable]:
         def call(logits: Tensor, *args):
             if not needs_dispatch(logits, args):
                 return function(logits, *args)
-            tensors, (c, reg_weight, *others) = args[:num_tensors], args[num_tensors:]
-            return op(logits, *tensors, scalar_of(c), scalar_of(reg_weight), *others)
+            return op(logits, *args[:num_tensors], *as_tensors(args[num_tensors:]))
 
         call.op = op
         return call

@@ -53,6 +53,11 @@ def coin_entropy(t: Tensor) -> Tensor:
     return torch.where(empty, 0, torch.where(t > 0, falling, rising))
 
 
+def _log(c: float, like: Tensor) -> float | Tensor:
+    """log c; math.log would compile the number in."""
+    return (like.new_ones(()) * c).log() if torch.compiler.is_compiling() else math.log(c)
+
+
 def target_distribution(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """y with the shape of ``input``: one-hot rows for class indices (0 where ignored, NaN where out of range)."""
     dtype = compute_dtype(input.dtype)
@@ -113,7 +118,7 @@ def self_regularized_entropy(
     log_sum = d.exp().sum(dim, keepdim=True).log()
     log_p = d - log_sum
     # Not log_p - log c: backward would sum the -1 of H and the far smaller gradients of S in one float32 sum.
-    t = d - log_sum - math.log(c)
+    t = d - log_sum - _log(c, d)
     lse = (m + log_sum).squeeze(dim)
 
     y = target_distribution(input, target, ignore_index)

@@ -33,14 +33,15 @@ class Inputs(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The scalar options. What is None takes no part in the compiled code; no value is compiled in."""
+    """The scalar options: numbers, or pointers to where on the GPU they lie (:func:`values_of`).
 
-    c: Any  # None where c_ptr says where on the GPU it is
+    What is None takes no part in the compiled code; no value is compiled in.
+    """
+
+    c: Any
     log2_c_whole: Any  # log2 c: the nearest whole number,
-    log2_c_rest: Any  # and the rest
-    c_ptr: Any
-    reg_weight: Any  # λ', or None where
-    reg_weight_ptr: Any  # says where on the GPU it is
+    log2_c_rest: Any  # and the rest; both None where c is a pointer
+    reg_weight: Any  # λ'
     ignore_index: Any
     label_smoothing: Any
     z_loss: Any
@@ -65,6 +66,35 @@ class Variant(NamedTuple):
     WINDOW: bool  # tiles begin at multiples of VECTOR, and what of a row lies before and after is a tile of its own
     CTAS: int  # thread blocks that share the classes of a tile
     PTX: bool  # NVIDIA's instructions are there
+
+
+@triton.jit
+def _value_of(number):
+    if number is None:
+        return None
+    elif tl.to_tensor(number).dtype.is_ptr():  # the interpreter has floats
+        return tl.load(number).to(tl.float32)
+    else:
+        return number
+
+
+@triton.jit
+def values_of(opts, PTX: tl.constexpr):
+    """The options as numbers, read once by a program."""
+    c = _value_of(opts.c)
+    whole, rest = opts.log2_c_whole, opts.log2_c_rest
+    if whole is None:
+        whole, rest = log2_parts(c, PTX)
+    return Options(
+        c=c,
+        log2_c_whole=whole,
+        log2_c_rest=rest,
+        reg_weight=_value_of(opts.reg_weight),
+        ignore_index=opts.ignore_index,
+        label_smoothing=_value_of(opts.label_smoothing),
+        z_loss=_value_of(opts.z_loss),
+        softcap=_value_of(opts.softcap),
+    )
 
 
 @triton.jit
@@ -125,17 +155,6 @@ def lse_with_targets(inputs, opts, lse, targets, V: tl.constexpr):
 
 
 @triton.jit
-def _c(opts, PTX: tl.constexpr):
-    """c, and log2 c as a whole number and the rest."""
-    if opts.c is None:
-        c = tl.load(opts.c_ptr).to(tl.float32)
-        whole, rest = log2_parts(c, PTX)
-        return c, whole, rest
-    else:
-        return opts.c, opts.log2_c_whole, opts.log2_c_rest
-
-
-@triton.jit
 def numbers_of(opts, reference, exp_sum, counted, PTX: tl.constexpr):
     """What tiles need of a row (tiles.py: its `numbers`), the sum of exponentials, and its logarithm.
 
@@ -144,12 +163,12 @@ def numbers_of(opts, reference, exp_sum, counted, PTX: tl.constexpr):
     factor, product, lost = reference
     exp_sum = if_counted(counted, tl.where(exp_sum == 0.0, float("nan"), exp_sum), 1.0)
     whole, rest = log2_parts(exp_sum, PTX)
-    c, c_whole, c_rest = _c(opts, PTX)
+    c_whole, c_rest = opts.log2_c_whole, opts.log2_c_rest
     # log2(s c) is rounded to `off`, and s c to what `off` is the logarithm of: p / c is the same number wherever it
     # stands. All it costs is that c is not quite the c that was asked for, by up to 6e-7 of it.
     off = (whole + c_whole) + (rest + c_rest)
     more = (rest + c_rest) - (off - (whole + c_whole))
-    sc = exp_sum * c
+    sc = exp_sum * opts.c
     # Not 0, nor so small that its reciprocal is infinite, which with a tiny c it would be for huge logits.
     sc = tl.maximum(sc - sc * (more * LN_2), 2e-38, propagate_nan=tl.PropagateNan.ALL)
     return (factor, product, off, sc), exp_sum, (whole + (rest - lost)) * LN_2
@@ -176,14 +195,6 @@ def sums_with_targets(inputs, opts, h_sum, u_sum, targets, numbers, V: tl.conste
 
 
 @triton.jit
-def _reg_weight(opts):
-    if opts.reg_weight is None:
-        return tl.load(opts.reg_weight_ptr).to(tl.float32)
-    else:
-        return opts.reg_weight
-
-
-@triton.jit
 def losses_of(opts, lse, h_sum, log_sum, counted, V: tl.constexpr):
     """The loss, H, S and α lse²."""
     m, _, y_sum, yz_sum, omega = lse
@@ -192,7 +203,7 @@ def losses_of(opts, lse, h_sum, log_sum, counted, V: tl.constexpr):
     z_penalty = zeros(V)
     if opts.z_loss is not None:
         z_penalty = if_counted(counted, opts.z_loss * omega * (m + log_sum) * (m + log_sum), 0.0)
-    return cross_entropy - _reg_weight(opts) * regularizer + z_penalty, cross_entropy, regularizer, z_penalty
+    return cross_entropy - opts.reg_weight * regularizer + z_penalty, cross_entropy, regularizer, z_penalty
 
 
 @triton.jit
@@ -202,11 +213,10 @@ def coefficients_of(
     """coef_p / s, the factor of u in bits, and the scale."""
     m, _, y_sum, _, omega = lse
     scale = load_if_counted(scale_ptr + rows * scale_stride, counted)
-    reg_weight = _reg_weight(opts)
-    of_lse = -reg_weight * u_sum
+    of_lse = -opts.reg_weight * u_sum
     if opts.z_loss is not None:
         of_lse += 2.0 * opts.z_loss * (m + log_sum)
     coef_p = scale * (y_sum + omega * of_lse)
-    coef_u = scale * omega * reg_weight
+    coef_u = scale * omega * opts.reg_weight
     coef_e = if_counted(counted, coef_p * reciprocal(exp_sum, PTX), 0.0)
     return coef_e, if_counted(counted, coef_u * LN_2, 0.0), scale

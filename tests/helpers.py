@@ -4,6 +4,7 @@ import mpmath
 import torch
 
 from sre_triton import reference, self_regularized_entropy
+from sre_triton.ops import as_tensors
 
 # Every option, alone and together. "weight" and "target" are filled in by `problem`.
 OPTIONS = {
@@ -54,13 +55,12 @@ def options_of(**options):
         "c": 1e-7,
         "reg_weight": 1.0,
         "ignore_index": -100,
-        "label_smoothing": 0.0,
-        "z_loss": 0.0,
-        "softcap": 0.0,
+        "label_smoothing": None,
+        "z_loss": None,
+        "softcap": None,
     }
     values = defaults | {name: value for name, value in options.items() if name in defaults}
-    c, reg_weight, *rest = values.values()
-    return torch.tensor(c, dtype=torch.float64, device="cpu"), torch.tensor(reg_weight), *rest
+    return as_tensors(tuple(values.values()))
 
 
 def loss_and_gradient(logits, target, *, upstream=None, loss=self_regularized_entropy, **options):

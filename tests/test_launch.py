@@ -315,11 +315,12 @@ def test_rows_further_apart_than_32_bits(launch):
 def test_scalars_may_lie_on_the_gpu(K, dtype, launch, monkeypatch):
     # Under the interpreter, where nothing does, the kernels are told so.
     logits, target, _ = problem(4, K, {})
-    for c in (1e-30, 1e-7, 0.75, 1.0):
-        options = options_of(c=c, reg_weight=0.7)
+    others = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0}
+    for c, used in ((1e-30, ()), (1e-7, others), (0.75, ["z_loss"]), (1.0, ["softcap"])):
+        options = options_of(c=c, reg_weight=0.7, **{name: others[name] for name in used})
         expected = launch.row_loss_and_gradient(logits, target, None, torch.ones(4), *options)
         with monkeypatch.context() as patch:
-            patch.setattr(launch, "_number_or_pointer", lambda scalar: (None, scalar.to(logits.device, dtype)))
+            patch.setattr(launch, "_scalar", lambda x: x if x is None else x.to(logits.device, dtype))
             losses, gradient = launch.row_loss_and_gradient(logits, target, None, torch.ones(4), *options)
         torch.testing.assert_close(losses, expected[0], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(gradient, expected[1], rtol=1e-5, atol=1e-8)

@@ -414,20 +414,20 @@ def compiled_by_the_user(group, backend, recompute):
     shard = VocabShard.even(K, group)
     counter = CompileCounterWithBackend("aot_eager")
 
-    def step(logits, target, reg_weight):
-        loss, parts = self_regularized_entropy(
-            logits, target, reg_weight=reg_weight, shard=shard, return_parts=True, recompute=recompute, backend=backend
-        )
+    def step(logits, target, reg_weight, **options):
+        given = {"shard": shard, "return_parts": True, "recompute": recompute, "backend": backend}
+        loss, parts = self_regularized_entropy(logits, target, reg_weight=reg_weight, **given, **options)
         return 2 * loss, parts
 
     graph = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
     answers, counts = [], []
     for rows in (5, 9, 12):
         logits, target, _ = problem(rows, K, {})
+        options = {"c": 1e-3 / rows, "label_smoothing": 0.2 / rows, "z_loss": 0.2 / rows, "softcap": 1.0 * rows}
         both = []
         for function in (step, graph):
             leaf = of_shard(logits, shard, 1).clone().requires_grad_()
-            loss, parts = function(leaf, target, torch.tensor(0.5))
+            loss, parts = function(leaf, target, torch.tensor(0.5), ignore_index=rows, **options)
             loss.backward()
             both.append((loss, parts, leaf.grad))
         answers.append(both)
@@ -707,7 +707,8 @@ def linear_compiled_by_the_user(group):
     tensors = input.detach().requires_grad_(), of_shard(W, shard, 0).detach().requires_grad_()
 
     def step(input, W, target):
-        return linear_self_regularized_entropy(input, W, target, chunk_rows=4, shard=shard)
+        options = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 5.0}
+        return linear_self_regularized_entropy(input, W, target, chunk_rows=4, shard=shard, **options)
 
     found = []
     for function in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):

@@ -33,8 +33,8 @@ SETTINGS = {
     "dtype": (torch.bfloat16, torch.float16, torch.float32),
     "target": ("indices", torch.float32, torch.bfloat16, torch.float64),
     "weight": (False, True),
-    "label_smoothing": (0.0, 0.1),
-    "softcap": (0.0, 30.0),
+    "label_smoothing": (None, 0.1),
+    "softcap": (None, 30.0),
     "scalars": ("on the CPU", "on the GPU"),
     "rows": (3, 1, 16),
     "ignore_index": (-100, 1, 2**40),
@@ -83,7 +83,7 @@ def make(call: dict) -> None:
     stats, scale = torch.zeros(7, N), torch.ones(N) if N == 16 else torch.ones(()).expand(N)
     options = options_of(**{name: call[name] for name in ("label_smoothing", "softcap", "ignore_index")})
     if call["scalars"] == "on the GPU":
-        options = (*map(OnGpu, options[:2]), *options[2:])
+        options = [OnGpu(option) if isinstance(option, torch.Tensor) else option for option in options]
     first, parts_of_a_step = call["shard"], ("row_lse", "row_sums", "row_gradient")
     if first is not None and call["primitive"] in parts_of_a_step:
         options = (*options, first, first + K + 7)
