@@ -33,6 +33,7 @@ from .ops import (
     as_tensors,
     batching_rule,
     hidden_from_modes,
+    is_exporting,
     needs_dispatch,
     new_numbers,
     register_formula,
@@ -239,7 +240,7 @@ def row_loss(
     logits: Tensor, target: Tensor, weight: Tensor | None, factor: Tensor, backend: str, group: str, *options
 ) -> tuple[Tensor, Tensor]:
     """:func:`row_stats` as the primitive row_loss: losses (4, N), statistics (7, N)."""
-    if not torch.compiler.is_exporting():
+    if not is_exporting():
         logits = logits.detach()
     if not needs_dispatch(logits, (target, weight, factor)):
         return _row_loss(logits, target, weight, factor, backend, group, *options)

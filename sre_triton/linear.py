@@ -26,7 +26,7 @@ from .checks import (
 )
 from .chunks import How, linear_losses_and_gradients
 from .loss import backend_of, factor_of, is_transformed, options_of, per_class_of, result_of, returned, share_of
-from .ops import DOUBLE_BACKWARD, hidden_from_modes, is_watched, kept_options, options_again
+from .ops import DOUBLE_BACKWARD, hidden_from_modes, is_exporting, is_watched, kept_options, options_again
 from .reference import Parts
 from .shard import VocabShard
 
@@ -205,7 +205,8 @@ def linear_self_regularized_entropy(
     the values and gradients of ``self_regularized_entropy(F.linear(input, W, b), target)`` with the classes in the last
     dimension, in the memory of a chunk of rows: the product, the loss with the gradient written over the logits, and
     the products that make the gradients of input, W and b of it, one chunk after another. The gradients are there when
-    the forward ends. With ``reduction="none"`` the backward computes logits and gradients anew.
+    the forward ends. With ``reduction="none"``, and in a program of ``torch.export``, the backward computes logits and
+    gradients anew.
 
     Args:
         input: features (..., D), in float16, bfloat16, float32 or float64; under autocast the logits have its dtype.
@@ -317,7 +318,7 @@ def linear_self_regularized_entropy(
         dtype = torch.get_autocast_dtype(input.device.type)
     tensors = rows, linear_weight, linear_bias
     # A program that is exported has the op's formula, whatever is wanted now.
-    wants_gradient = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    wants_gradient = torch.is_grad_enabled() and not is_exporting()
     wanted = tuple(wants_gradient and tensor is not None and tensor.requires_grad for tensor in tensors)
     how = How(
         backend=name,

@@ -23,7 +23,7 @@ from .checks import (
     warn_once,
 )
 from .collectives import row_loss
-from .ops import NUM_LOSSES, hidden_from_modes, is_watched, value_on_cpu
+from .ops import NUM_LOSSES, hidden_from_modes, is_exporting, is_watched, value_on_cpu
 from .reference import Parts, compute_dtype, sample_weights
 from .shard import VocabShard
 
@@ -210,7 +210,8 @@ def self_regularized_entropy(
         recompute: False computes the gradient together with the loss (one read and one write of N x K for the whole
             step; a second backward through the graph raises). True keeps seven numbers a row and reads the logits
             again in the backward. None is True for float16, whose small gradients vanish before a loss scaler reaches
-            them, and for ``reduction="none"``; else False. "eager" keeps what autograd keeps.
+            them, and for ``reduction="none"``; else False. A program of ``torch.export`` does what True does. "eager"
+            keeps what autograd keeps.
             Logits that are changed in between through NumPy, which PyTorch does not see, silently change a gradient
             that is still to be computed.
         return_parts: also return :class:`Parts`.
@@ -278,7 +279,7 @@ def self_regularized_entropy(
         target = target.long()  # before anything is compared with it: in uint8, 300 is 44
     none_ignored = indices and check_range(target, num_classes, ignore_index)
     # A program that is exported has the op's formula, whatever is wanted now.
-    wants_gradient = torch.is_grad_enabled() and input.requires_grad and not torch.compiler.is_exporting()
+    wants_gradient = torch.is_grad_enabled() and input.requires_grad and not is_exporting()
     if inplace and wants_gradient and not torch.compiler.is_compiling():
         check_inplace(input)
     if class_mean is None:

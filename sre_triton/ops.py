@@ -145,6 +145,15 @@ def hidden_from_modes(function: Callable) -> Callable:
     return call
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces a program, which keeps the ops and none of the Functions around them."""
+    return torch.compiler.is_exporting()
+
+
+# While compiling it is called, not traced, as Dynamo takes torch.compiler's own for true in torch 2.11.
+is_exporting._dynamo_marked_constant = True
+
+
 def is_batched(tensor: object) -> bool:
     """Whether ``torch.autograd.grad(is_grads_batched=True)`` runs, whose tensors hide their batch dimension."""
     return isinstance(tensor, Tensor) and torch._C._functorch.is_legacy_batchedtensor(tensor)

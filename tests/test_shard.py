@@ -615,8 +615,8 @@ def traced(group):
             with pytest.raises(NotImplementedError, match="forward mode .* unless classes are sharded"):
                 torch.func.jvp(lambda x, step=step: step(x, y), (x,), (x,))
         torch.jit.save(torch.jit.script(torch.nn.Sequential(Held(head), layer)), file)
-    file.seek(0)
-    return torch.jit.load(file)(x), layer(x)
+        file.seek(0)
+        return torch.jit.load(file)(x), layer(x)
 
 
 class Held(torch.nn.Module):

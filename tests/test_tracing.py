@@ -9,6 +9,8 @@ import pytest
 import torch
 from helpers import OPTIONS, problem, truth
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from sre_triton import (
     LinearSelfRegularizedEntropyLoss,
@@ -175,6 +177,20 @@ def test_an_exported_program_refuses_what_it_has_no_gradient_of(fused, uncompile
     tangents = {name: torch.ones_like(parameter) for name, parameter in parameters.items()}
     with pytest.raises(NotImplementedError, match="backend='eager'"):
         torch.func.jvp(lambda p: torch.func.functional_call(program, p, (x, y.detach())), (parameters,), (tangents,))
+
+
+@heads
+def test_compiled_code_keeps_the_single_pass(fused, uncompiled):
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(str(graph.graph))
+        return make_boxed_func(graph.forward)
+
+    compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    torch.compile(Model(fused), backend=compiler, fullgraph=True)(*batch()).backward()
+    # The backward multiplies by the upstream gradient, and computes nothing of the loss again.
+    assert ["sre_triton" in graph for graph in graphs] == [True, False]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a CPU, in Triton's interpreter")
