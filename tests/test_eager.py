@@ -100,10 +100,22 @@ def test_every_transform(probabilities):
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(logits, direction))).tangent
     close(tangent, (gradient * direction).sum())
-    if not probabilities:
-        torch.compiler.reset()
-        compiled = torch.compile(lambda z: torch.func.hessian(loss)(z), backend="aot_eager", fullgraph=True)
-        close(compiled(logits), hessian)
+
+
+def test_second_derivative_inside_compile():
+    logits, target, _ = problem(N, K, {}, dtype=torch.float64)
+
+    def gradient(z):
+        return torch.func.grad(self_regularized_entropy)(z, target)
+
+    def of_norm(z):
+        return torch.func.grad(lambda z: gradient(z).norm())(z)
+
+    torch.compiler.reset()
+    found = torch.compile(of_norm, backend="aot_eager", fullgraph=True)(logits)
+    leaf = logits.requires_grad_()
+    (first,) = torch.autograd.grad(reference.self_regularized_entropy(leaf, target)[0], leaf, create_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(first.norm(), leaf)[0])
 
 
 def test_an_index_that_is_no_class_is_nan_in_its_own_row():
