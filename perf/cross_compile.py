@@ -21,10 +21,17 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_103": GPUTarget("cuda", 103, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-# A100, H100 SXM, B200, MI300X.
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+# A100, H100 SXM, B200, B300, RTX 5090, MI300X, MI355X.
+MULTIPROCESSORS = {
+    "sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_103": 148, "sm_120": 170, "gfx942": 304, "gfx950": 256,
+}  # fmt: skip
+# KiB that a thread block may have.
+SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227, "sm_120": 99, "gfx942": 64, "gfx950": 160}
 
 
 class _Driver:
@@ -43,7 +50,7 @@ class _Driver:
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"multiprocessor_count": MULTIPROCESSORS[self.name]}
+        return {"multiprocessor_count": MULTIPROCESSORS[self.name], "max_shared_mem": SHARED[self.name] << 10}
 
 
 _run = triton.runtime.JITFunction.run
@@ -203,34 +210,35 @@ class Code:
     def __init__(self, compiled: triton.compiler.CompiledKernel) -> None:
         self.compiled, self.is_cuda = compiled, "cubin" in compiled.asm
 
-    @cached_property
-    def _cubin(self) -> tuple[str, str]:
+    def _of_cubin(self, tool: str, *options: str) -> subprocess.CompletedProcess:
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "kernel.cubin"
             path.write_bytes(self.compiled.asm["cubin"])
-            usage = subprocess.run(
-                [tools / "cuobjdump", "-res-usage", path], check=True, text=True, capture_output=True
-            )
-            code = subprocess.run([tools / "nvdisasm", "-c", path], check=True, text=True, capture_output=True)
-        return usage.stdout + usage.stderr, code.stdout
+            return subprocess.run([tools / tool, *options, path], check=True, text=True, capture_output=True)
 
-    @property
+    @cached_property
+    def _usage(self) -> str:
+        usage = self._of_cubin("cuobjdump", "-res-usage")
+        return usage.stdout + usage.stderr
+
+    @cached_property
     def text(self) -> str:
         """As the disassembler, or AMD's compiler, prints it."""
-        return self._cubin[1] if self.is_cuda else self.compiled.asm["amdgcn"]
+        # Without its analysis of the data flow, which takes longer and prints the same.
+        return self._of_cubin("nvdisasm", "-c", "-ndf").stdout if self.is_cuda else self.compiled.asm["amdgcn"]
 
     @property
     def registers(self) -> int:
         """Of a thread."""
-        pattern, text = (r"REG:(\d+)", self._cubin[0]) if self.is_cuda else (r"\.vgpr_count:\s*(\d+)", self.text)
+        pattern, text = (r"REG:(\d+)", self._usage) if self.is_cuda else (r"\.vgpr_count:\s*(\d+)", self.text)
         return int(re.search(pattern, text)[1])
 
     @property
     def spill_bytes(self) -> int:
         """Of a thread."""
         if self.is_cuda:
-            return sum(int(re.search(rf"{kind}:(\d+)", self._cubin[0])[1]) for kind in ("STACK", "LOCAL"))
+            return sum(int(re.search(rf"{kind}:(\d+)", self._usage)[1]) for kind in ("STACK", "LOCAL"))
         return 4 * sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", self.text))
 
     @property

@@ -1,7 +1,7 @@
 """What the kernels cost, counted in their code; no GPU is needed.
 
     python perf/kernel_budget.py > sm_90.csv                  every kernel as it would be launched, a line each
-    python perf/kernel_budget.py --target gfx942              or sm_80, sm_100
+    python perf/kernel_budget.py --target gfx942              or sm_80, sm_100, sm_103, sm_120, gfx950
     python perf/kernel_budget.py --options                    the options' prices: a table of its own
     python perf/kernel_budget.py --plot budget.png            and drawn
     python perf/kernel_budget.py --against sweep_k.csv        predictions beside what a GPU did
@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 import triton
-from cross_compile import MULTIPROCESSORS, TARGETS, Code, compile_only
+from cross_compile import MULTIPROCESSORS, SHARED, TARGETS, Code, compile_only
 from tqdm import tqdm
 
 from sre_triton import launch
@@ -64,7 +64,8 @@ OPTIONS = {
 OPTION_CLASSES = (1000, 8192, 50257, 65536, 300000)
 
 # What a multiprocessor has: warps, thread blocks, bytes of shared memory.
-LIMITS = {"sm_80": (64, 32, 164 << 10), "sm_90": (64, 32, 228 << 10), "sm_100": (64, 32, 228 << 10)}
+LIMITS = {"sm_80": (64, 32, 164 << 10), "sm_120": (48, 24, 100 << 10)}
+LIMITS |= dict.fromkeys(("sm_90", "sm_100", "sm_103"), (64, 32, 228 << 10))
 
 # The H100 of the prediction.
 H100, CLOCK, COPY, L2, L2_SIZE = "sm_90", 1.755e9, 3.0e12, 5.5e12, 35e6
@@ -73,9 +74,9 @@ MEMORY_LATENCY, BARRIER, CLUSTER_BARRIER = 0.8e-6, 0.05e-6, 0.3e-6
 
 def ctas_per_multiprocessor(target: str, code: Code, num_warps: int) -> int:
     """As many thread blocks as its registers, its shared memory and its warps suffice for."""
-    if target == "gfx942":  # 512 registers for each of 4 SIMDs, 8 waves each; 64 KiB
+    if target not in LIMITS:  # AMD: 512 registers for each of 4 SIMDs, 8 waves each
         waves = 4 * min(8, 512 // (-(-code.registers // 8) * 8))
-        return max(1, min(waves // num_warps, (64 << 10) // max(1, code.shared_bytes)))
+        return max(1, min(waves // num_warps, (SHARED[target] << 10) // max(1, code.shared_bytes)))
     warps, blocks, shared = LIMITS[target]
     registers = -(-code.registers // 8) * 8 * 32
     return min(warps // num_warps, blocks, 65536 // (registers * num_warps), shared // (code.shared_bytes + 1024))

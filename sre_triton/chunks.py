@@ -156,7 +156,10 @@ def _compute(
     pitch = num_classes
     if backend == "triton":
         pitch = -(-num_classes * dtype.itemsize // LINE) * LINE // dtype.itemsize
-    logits = W.new_empty(size, pitch)[:, :num_classes]
+    logits = W.new_empty(size, pitch)
+    # On a CPU with AMX, products in bfloat16 read on to the next multiple of 32 classes, and 0 times NaN is NaN.
+    logits[:, num_classes:].zero_()
+    logits = logits[:, :num_classes]
     scale = factor if early else torch.ones_like(factor)
     scale = (scale if upstream is None else scale * upstream).expand(num_rows)
     divisor = sum_of_weights(target, weight, *options) if divide else factor.new_empty(0)

@@ -92,7 +92,7 @@ def _sums_of_rows(h_sum, u_sum, edge, numbers, V: tl.constexpr):
 
 @triton.jit
 def _gradient_of_tile(inputs, opts, z, y, wy, numbers, coefficients, V: tl.constexpr):
-    coef_e, coef_u, scale = coefficients
+    coef_e, coef_u, coef_y = coefficients
     if V.PROBABILITIES:
         coef_u = column(coef_u, z) * (1.0 - y)
     else:
@@ -102,7 +102,7 @@ def _gradient_of_tile(inputs, opts, z, y, wy, numbers, coefficients, V: tl.const
             wy = share
     has_y: tl.constexpr = V.HAS_Y or V.SMOOTHED
     return gradient_of(
-        z, wy, columns(numbers, z), column(coef_e, z), coef_u, column(scale, z), opts.softcap, has_y, V.PTX
+        z, wy, columns(numbers, z), column(coef_e, z), coef_u, column(coef_y, z), opts.softcap, has_y, V.PTX
     )
 
 
@@ -140,11 +140,11 @@ def _store_gradient_of_rest(
     """After the tiles: that of the edges and of the targets."""
     if not V.PROBABILITIES:
         g, z_g, w_g = targets
-        coef_e, coef_u, scale = coefficients
+        coef_e, coef_u, coef_y = coefficients
         share, at_target = shares(inputs, opts, V)
         y_g = share + at_target
         gradient_g = gradient_of(
-            z_g, w_g * y_g, numbers, coef_e, coef_u * (1.0 - y_g), scale, opts.softcap, True, V.PTX
+            z_g, w_g * y_g, numbers, coef_e, coef_u * (1.0 - y_g), coef_y, opts.softcap, True, V.PTX
         )
         # The whole tile that holds the target is stored once more, under a mask: its elements lie with the same threads
         # as before, so that the second of two writes is the one that stays.

@@ -40,15 +40,15 @@ def _device(index: int | None) -> Device:
     gpu = _gpu(index)
     nvidia = gpu.backend in ("cuda", "interpreter")
     if INTERPRETED:
-        multiprocessors = 2
+        properties = {"multiprocessor_count": 2, "max_shared_mem": 227 << 10}
     else:
         driver = triton.runtime.driver.active
-        multiprocessors = driver.utils.get_device_properties(driver.get_current_device())["multiprocessor_count"]
+        properties = driver.utils.get_device_properties(driver.get_current_device())
     return Device(
         warp_size=gpu.warp_size,
-        multiprocessors=multiprocessors,
+        multiprocessors=properties["multiprocessor_count"],
         clusters=nvidia and gpu.arch in CLUSTERS_OF_16 and TRITON_VERSION >= (3, 8),
-        async_copies=nvidia and gpu.arch >= 80,
+        shared_bytes=properties["max_shared_mem"] if nvidia and gpu.arch >= 80 else 0,
     )
 
 

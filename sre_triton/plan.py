@@ -17,8 +17,9 @@ there are fewer rows than multiprocessors, a cluster has as many smaller blocks 
 a batch leaves it idle: splitting rows over programs that cannot wait for each other takes three launches, and its
 traffic is what it is.) Half as many classes fit where a class has more than its logit: a target probability, a weight
 that is smoothed, a softcap. Then, and where rows do not begin at multiples of 16 bytes, no row is on its way while
-another is computed: the registers would not suffice. Kernels that do not hold rows, for the parts of the loss, take the
-loop.
+another is computed: the registers would not suffice. Nor is it where shared memory would not: with compute capability
+8.6, 8.9 and 12.0, in float32, for more than 12288 classes. Kernels that do not hold rows, for the parts of the loss,
+take the loop.
 """
 
 from typing import NamedTuple
@@ -29,6 +30,8 @@ CLASSES_PER_THREAD = 8
 # what 128 registers hold (their exponentials and u are 64 numbers).
 TILES = 4
 TILES_WITH_MORE = 2
+# Bytes at most: the warps of a program add up there.
+SHARED_FOR_SUMS = 1024
 # 512 threads of 128 registers are all that a multiprocessor has.
 RESIDENT_THREADS = 512
 RESIDENT_REGISTERS = 128
@@ -53,7 +56,7 @@ class Device(NamedTuple):
     warp_size: int
     multiprocessors: int
     clusters: bool
-    async_copies: bool
+    shared_bytes: int  # of a thread block, where rows can be copied there ahead; else 0
 
 
 class Plan(NamedTuple):
@@ -91,9 +94,10 @@ def plan(
     if holds_rows and threads <= RESIDENT_THREADS:
         block_k = threads * CLASSES_PER_THREAD
         per_multiprocessor = 65536 // (threads * RESIDENT_REGISTERS)
-        stages = 2 if moves_on and device.async_copies and per_multiprocessor <= 2 else 0
-        programs = min(num_rows, device.multiprocessors * per_multiprocessor) if stages else num_rows
         num_tiles = -(-num_classes // block_k)
+        copies = 2 * num_tiles * block_k * element_size + SHARED_FOR_SUMS
+        stages = 2 if moves_on and copies <= device.shared_bytes and per_multiprocessor <= 2 else 0
+        programs = min(num_rows, device.multiprocessors * per_multiprocessor) if stages else num_rows
         return Plan("resident", 1, block_k, num_tiles, threads // warp, 1, stages, programs, RESIDENT_REGISTERS)
 
     if holds_rows and device.clusters and threads <= RESIDENT_THREADS * LARGEST_CLUSTER:

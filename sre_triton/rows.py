@@ -2,10 +2,11 @@
 
 What the gradient sees of a row, with y the smoothed target, ω the sample's weight and U = Σ (1 - y) u:
 
-    gradient of class k = coef_p p_k + coef_u (1 - y_k) u_k - scale w_k y_k
+    gradient of class k = coef_p p_k + coef_u (1 - y_k) u_k + coef_y w_k y_k
 
     coef_p = scale (Σ w y + ω (2 α lse - λ' U))
     coef_u = scale ω λ'
+    coef_y = -scale
 
 For class indices, y is one number, ε/K, for all classes but the target's, which has 1 - ε more.
 """
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import LN_2, coin_h_and_u, exp2_near_0, finite_maximum, log2_parts, reciprocal
+from .tiles import LN_2, coin_h_and_u, exp2_near_0, finite_maximum, fma, less_product, log2_parts, reciprocal
 
 
 class Inputs(NamedTuple):
@@ -170,7 +171,7 @@ def numbers_of(opts, reference, exp_sum, counted, PTX: tl.constexpr):
     more = (rest + c_rest) - (off - (whole + c_whole))
     sc = exp_sum * opts.c
     # Not 0, nor so small that its reciprocal is infinite, which with a tiny c it would be for huge logits.
-    sc = tl.maximum(sc - sc * (more * LN_2), 2e-38, propagate_nan=tl.PropagateNan.ALL)
+    sc = tl.maximum(less_product(sc, sc, more * LN_2), 2e-38, propagate_nan=tl.PropagateNan.ALL)
     return (factor, product, off, sc), exp_sum, (whole + (rest - lost)) * LN_2
 
 
@@ -191,32 +192,34 @@ def sums_with_targets(inputs, opts, h_sum, u_sum, targets, numbers, V: tl.conste
         _, z_g, _ = targets
         h_g, u_g = coin_h_and_u(z_g, numbers, V.PTX)
         share, at_target = shares(inputs, opts, V)
-        return ((1.0 - share) * h_sum - at_target * h_g) * LN_2, ((1.0 - share) * u_sum - at_target * u_g) * LN_2
+        h_sum = less_product((1.0 - share) * h_sum, at_target, h_g)
+        u_sum = less_product((1.0 - share) * u_sum, at_target, u_g)
+        return h_sum * LN_2, u_sum * LN_2
 
 
 @triton.jit
 def losses_of(opts, lse, h_sum, log_sum, counted, V: tl.constexpr):
     """The loss, H, S and α lse²."""
     m, _, y_sum, yz_sum, omega = lse
-    cross_entropy = if_counted(counted, y_sum * log_sum - yz_sum, 0.0)
+    cross_entropy = if_counted(counted, fma(y_sum, log_sum, -yz_sum), 0.0)
     regularizer = if_counted(counted, omega * h_sum, 0.0)
     z_penalty = zeros(V)
     if opts.z_loss is not None:
         z_penalty = if_counted(counted, opts.z_loss * omega * (m + log_sum) * (m + log_sum), 0.0)
-    return cross_entropy - opts.reg_weight * regularizer + z_penalty, cross_entropy, regularizer, z_penalty
+    loss = less_product(cross_entropy, opts.reg_weight, regularizer) + z_penalty
+    return loss, cross_entropy, regularizer, z_penalty
 
 
 @triton.jit
 def coefficients_of(
     inputs, opts, scale_ptr, scale_stride, rows, counted, lse, exp_sum, log_sum, u_sum, PTX: tl.constexpr
 ):  # fmt: skip
-    """coef_p / s, the factor of u in bits, and the scale."""
+    """coef_p / s, the factor of u in bits, and that of w y."""
     m, _, y_sum, _, omega = lse
     scale = load_if_counted(scale_ptr + rows * scale_stride, counted)
-    of_lse = -opts.reg_weight * u_sum
+    of_u = omega * opts.reg_weight
+    of_p = less_product(y_sum, of_u, u_sum)
     if opts.z_loss is not None:
-        of_lse += 2.0 * opts.z_loss * (m + log_sum)
-    coef_p = scale * (y_sum + omega * of_lse)
-    coef_u = scale * omega * opts.reg_weight
-    coef_e = if_counted(counted, coef_p * reciprocal(exp_sum, PTX), 0.0)
-    return coef_e, if_counted(counted, coef_u * LN_2, 0.0), scale
+        of_p += omega * (2.0 * opts.z_loss * (m + log_sum))
+    coef_e = if_counted(counted, scale * of_p * reciprocal(exp_sum, PTX), 0.0)
+    return coef_e, if_counted(counted, scale * of_u * LN_2, 0.0), -scale

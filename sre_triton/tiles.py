@@ -42,12 +42,26 @@ LOG2_GROUP = tl.constexpr(3)
 
 
 @triton.jit
-def _fma(x, y, z):
+def fma(x, y, z):
     """x * y + z, rounded once."""
     if INTERPRETED:
         return (x.to(tl.float64) * y + z).to(tl.float32)
     else:
         return tl.fma(x, y, z)
+
+
+@triton.jit
+def less_product(x, y, z):
+    """x - y z, rounded once on a GPU.
+
+    Said in one word, as the LLVM of Triton 3.8 cannot compile the words for Blackwell, which has instructions for two
+    numbers at once: where it sees only late, after a shuffle of such pairs, that a product is subtracted, it makes a
+    negation of a pair, and ends the process.
+    """
+    if INTERPRETED:
+        return x - y * z
+    else:
+        return tl.fma(y * -1.0, z, x)  # Triton 3.6 and 3.7 take -y for 0 - y, which is an instruction
 
 
 @triton.jit
@@ -115,7 +129,7 @@ def load_logits(pointers, mask, softcap):
     """z in float32, -inf outside the mask."""
     z = (tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=-INF)).to(tl.float32)
     if softcap is not None:
-        z = softcap * _tanh(z * (1.0 / softcap))
+        z = fma(_tanh(z * (1.0 / softcap)), softcap, 0.0)  # no product: something is subtracted from it
         if mask is not None:
             z = tl.where(mask, z, -INF)
     return z
@@ -212,7 +226,7 @@ def reference_of(m, PTX: tl.constexpr):
     m = finite_maximum(m)
     factor = tl.minimum(reciprocal(tl.abs(m) * (1 / (LARGEST * LOG2_E)), PTX), LOG2_E)
     product = m * factor
-    return factor, product, _fma(m, factor, -product)
+    return factor, product, fma(m, factor, -product)
 
 
 @triton.jit
@@ -225,7 +239,7 @@ def columns(numbers, tile):
 @triton.jit
 def _exp(z, factor, product):
     """d and e, d finite also where z is -inf; NaN stays NaN."""
-    d = tl.maximum(_fma(z, factor, -product), FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    d = tl.maximum(fma(z, factor, -product), FLOOR, propagate_nan=tl.PropagateNan.ALL)
     return d, _exp2(d)
 
 
@@ -310,7 +324,7 @@ def lse_of_rows(lse, reference, m, zero, HAS_Y: tl.constexpr):
     """The same of rows, from their groups; s relative to the reference."""
     m_group, exp_sum, y_sum, yz_sum, omega = lse
     factor, product = column(reference[0], m_group), column(reference[1], m_group)
-    exp_sum = sum_of_row(exp_sum * _exp2(_fma(m_group, factor, -product)))
+    exp_sum = sum_of_row(exp_sum * _exp2(fma(m_group, factor, -product)))
     if HAS_Y:
         yz_sum += y_sum * (finite_maximum(m_group) - column(finite_maximum(m), m_group))
         return m, exp_sum, sum_of_row(y_sum), sum_of_row(yz_sum), sum_of_row(omega)
@@ -324,18 +338,19 @@ def lse_of_rows(lse, reference, m, zero, HAS_Y: tl.constexpr):
 
 @triton.jit
 def _coin(z, numbers, PTX: tl.constexpr):
-    """e, t and μ."""
+    """e, t, μ and 1 - μ."""
     factor, product, off, sc = numbers
     d, e = _exp(z, factor, product)
-    return e, d - off, tl.minimum(e, sc) * reciprocal(e + sc, PTX)
+    smaller, of_sum = tl.minimum(e, sc), reciprocal(e + sc, PTX)
+    return e, d - off, smaller * of_sum, less_product(1.0, smaller, of_sum)
 
 
 @triton.jit
 def coin_h_and_u(z, numbers, PTX: tl.constexpr):
     """h and u, with a logarithm for every class."""
-    _, t, mu = _coin(z, numbers, PTX)
+    _, t, mu, rest = _coin(z, numbers, PTX)
     v = t * mu
-    return tl.abs(v) + _minus_log2(1.0 - mu, mu, PTX), v - v * mu
+    return tl.abs(v) + _minus_log2(rest, mu, PTX), less_product(v, v, mu)
 
 
 @triton.jit
@@ -346,9 +361,9 @@ def sums_of_h_and_u(tiles, numbers, ADJACENT: tl.constexpr, CTAS: tl.constexpr, 
     eight, where all μ are 1/2, 1 - M would lose eight bits.
     """
     for i in tl.static_range(len(tiles)):
-        _, t, mu = _coin(tiles[i], numbers, PTX)
+        _, t, mu, _ = _coin(tiles[i], numbers, PTX)
         v = t * mu
-        u = v - v * mu
+        u = less_product(v, v, mu)
         # Not from 0 on: adding to that takes an instruction as well.
         if i == 0:
             v_sum, u_sum = tl.abs(v), u
@@ -356,14 +371,14 @@ def sums_of_h_and_u(tiles, numbers, ADJACENT: tl.constexpr, CTAS: tl.constexpr, 
             v_sum, u_sum = v_sum + tl.abs(v), u_sum + u
         for level in tl.static_range(LOG2_GROUP - 1):
             a, b = _halves(mu, level, ADJACENT, CTAS)
-            mu = a + (b - a * b)
+            mu = a + less_product(b, a, b)
         if i == 0:
             M, P = mu, 1.0 - mu
         else:
-            M, P = M + (mu - M * mu), P - P * mu
+            M, P = M + less_product(mu, M, mu), less_product(P, P, mu)
     a, b = _halves(M, LOG2_GROUP - 1, ADJACENT, CTAS)
     P_a, P_b = _halves(P, LOG2_GROUP - 1, ADJACENT, CTAS)
-    logarithms = _minus_log2(P_a * P_b, a + (b - a * b), PTX)
+    logarithms = _minus_log2(P_a * P_b, a + less_product(b, a, b), PTX)
     return _sum_of_groups(v_sum, ADJACENT, CTAS) + logarithms, _sum_of_groups(u_sum, ADJACENT, CTAS)
 
 
@@ -393,14 +408,13 @@ def sum_pairs(a, b):
 
 
 @triton.jit
-def gradient_of(z, wy, numbers, coef_e, coef_u, scale, softcap, HAS_Y: tl.constexpr, PTX: tl.constexpr):
-    """coef_e e + coef_u u - scale w y."""
-    e, t, mu = _coin(z, numbers, PTX)
+def gradient_of(z, wy, numbers, coef_e, coef_u, coef_y, softcap, HAS_Y: tl.constexpr, PTX: tl.constexpr):
+    """coef_e e + coef_u u + coef_y w y."""
+    e, t, mu, _ = _coin(z, numbers, PTX)
     v = t * mu
-    gradient = coef_e * e + coef_u * (v - v * mu)
-    if HAS_Y:
-        gradient -= scale * wy
+    u = less_product(v, v, mu)
+    gradient = coef_e * e + (fma(coef_u, u, coef_y * wy) if HAS_Y else coef_u * u)
     if softcap is not None:
         ratio = z * (1.0 / softcap)
-        gradient *= tl.where(z == -INF, 0.0, 1.0 - ratio * ratio)  # -inf only where nothing is read
+        gradient *= tl.where(z == -INF, 0.0, less_product(1.0, ratio, ratio))  # -inf only where nothing is read
     return gradient

@@ -32,7 +32,9 @@ def device(request, launch, monkeypatch):
         pytest.skip("a GPU is what it is")
     new = request.param == "clusters"
     wide = request.param == "wide warps"
-    device = launch.Device(warp_size=64 if wide else 32, multiprocessors=2, clusters=new, async_copies=not wide)
+    device = launch.Device(
+        warp_size=64 if wide else 32, multiprocessors=2, clusters=new, shared_bytes=0 if wide else 227 << 10
+    )
     monkeypatch.setattr(launch, "_device", lambda index: device)
     return device
 

@@ -6,10 +6,11 @@ import pytest
 
 from sre_triton.plan import Device, plan
 
-H100 = Device(warp_size=32, multiprocessors=132, clusters=True, async_copies=True)
-A100 = Device(warp_size=32, multiprocessors=108, clusters=False, async_copies=True)
-OLD = Device(warp_size=32, multiprocessors=68, clusters=False, async_copies=False)
-MI300X = Device(warp_size=64, multiprocessors=304, clusters=False, async_copies=False)
+H100 = Device(warp_size=32, multiprocessors=132, clusters=True, shared_bytes=227 << 10)
+A100 = Device(warp_size=32, multiprocessors=108, clusters=False, shared_bytes=163 << 10)
+RTX = Device(warp_size=32, multiprocessors=170, clusters=False, shared_bytes=99 << 10)
+OLD = Device(warp_size=32, multiprocessors=68, clusters=False, shared_bytes=0)
+MI300X = Device(warp_size=64, multiprocessors=304, clusters=False, shared_bytes=0)
 MANY = 10**6
 
 
@@ -58,6 +59,10 @@ def test_what_a_device_does_not_have():
     assert of(16384, A100).stages == 2
     assert of(16384, OLD).stages == of(16384, MI300X).stages == 0
     assert of(16384, OLD).programs == MANY
+    for device, longest in ((A100, 16384), (RTX, 12288)):  # whose next row there is shared memory for
+        assert [of(K, device, element_size=4).stages for K in (longest - 3, longest)] == [2, 2]
+    assert of(16384, RTX).stages == 2
+    assert of(12289, RTX, element_size=4).stages == 0
 
 
 def test_few_rows_fill_the_gpu():
@@ -87,7 +92,7 @@ def test_rows_that_are_not_aligned_are_not_on_their_way():
         assert of(num_classes, aligned=False) == how._replace(stages=0, programs=MANY)
 
 
-@pytest.mark.parametrize("device", [H100, A100, OLD, MI300X])
+@pytest.mark.parametrize("device", [H100, A100, RTX, OLD, MI300X])
 def test_every_plan_can_be_launched(device):
     sizes = sorted({max(1, 2**i + j) for i in range(21) for j in (-1, 0, 1)} | {1000, 21841, 50257, 128256, 250112})
     for num_classes, num_rows, element_size, holds_rows, plain in itertools.product(
