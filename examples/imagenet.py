@@ -227,7 +227,7 @@ def arguments() -> argparse.Namespace:
     checkpoint = None
     if args.resume:
         checkpoint = torch.load(args.resume, map_location="cpu")
-        parser.set_defaults(**checkpoint["options"])
+        parser.set_defaults(**checkpoint.get("options", {}))
         args = parser.parse_args()
     recipe = MNIST if args.data is None else IMAGENET
     for name in Recipe._fields:
@@ -279,6 +279,7 @@ def main() -> None:
             if args.checkpoint[name]:  # a scaler that is not used has no state
                 part.load_state_dict(args.checkpoint[name])
         first_epoch = args.checkpoint["epoch"]
+        args.checkpoint = None  # and its memory is free
     parallel = nn.parallel.DistributedDataParallel(model) if ranks.count > 1 else model
 
     for epoch in range(first_epoch, args.epochs):

@@ -5,7 +5,6 @@ tracing. The exceptions are the range of class indices, and λ, that lie on a CP
 """
 
 import sys
-import warnings
 from numbers import Integral, Real
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.masked import MaskedTensor
 from torch.nn.parameter import UninitializedTensorMixin
 
-from .messages import of_shape, wrong
+from .messages import of_shape, warn_user, wrong
 from .ops import is_watched, value_on_cpu
 from .shard import VocabShard
 
@@ -234,11 +233,19 @@ def _check_target(
             raise ValueError("weight: expected one that requires no gradient with class indices; detach it")
 
 
-def of_shard(shard: VocabShard, target: Tensor, weight: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
-    """Target probabilities and class weights of the shard alone, where they are of all classes."""
+def of_shard(
+    shard: VocabShard, target: Tensor, weight: Tensor | None, num_dims: int, dim: int
+) -> tuple[Tensor, Tensor | None]:
+    """Target probabilities and class weights of the shard alone, where they are of all classes.
+
+    ``num_dims`` has the tensor with the classes in ``dim``. One-hot integers pass as probabilities do, until their
+    dtype is looked at.
+    """
     num_here = shard.stop - shard.start
-    if target.is_floating_point() and target.dim() > dim:
-        if target.shape[dim] not in (num_here, shard.num_classes):
+    sizes = num_here, shard.num_classes
+    floats = target.is_floating_point()
+    if target.dim() == num_dims and (floats or (num_dims > 1 and target.shape[dim] in sizes)):
+        if target.shape[dim] not in sizes:
             expected = f"probabilities of {num_here} or {shard.num_classes} classes in dimension {dim}"
             raise wrong(ValueError, "target", expected, target)
         if target.shape[dim] != num_here:
@@ -434,10 +441,7 @@ def warn_once(what: str) -> None:
     if what in _warned:
         return
     _warned.add(what)
-    frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("sre_triton.", "torch.")):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(ONCE[what], UserWarning, stacklevel=level)
+    warn_user(ONCE[what])
 
 
 # While compiling it runs once, as the graph is traced. (torch.compiler.assume_constant_result sets no more than this

@@ -85,12 +85,12 @@ def _header(text: str, values: tuple[float | Tensor | None, ...], start: int, st
     Same are a digest of the call and the values, of which None counts as 0. The sum is that of digest(stop) -
     digest(start): if the shards hold every class once, all ends but the outermost cancel.
     """
-    header = _constants(text, start, stop, like.dtype, like.device).clone()
+    header, largest = _constants(text, start, stop, like.dtype, like.device).clone(), torch.finfo(like.dtype).max
     for i, value in enumerate(values, NUM_DIGEST):
         if isinstance(value, Tensor):
             header[i].copy_(value)
         elif value is not None:
-            header[i].fill_(value)
+            header[i].fill_(max(-largest, min(value, largest)))
     return header
 
 

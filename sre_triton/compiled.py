@@ -4,11 +4,12 @@ What is compiled holds for any number of rows and classes; only to rows of more 
 version, whose sums are in float64. The first call of each version compiles it, for some seconds, and the logger
 "sre_triton" says so. Inductor keeps what it compiled where it always does, in TORCHINDUCTOR_CACHE_DIR.
 
-Without a C++ compiler or a folder to write to, while ``torch.compile`` is switched off, and on a GPU without Triton, a
-pass runs uncompiled; on Apple's MPS and Intel's XPU ``torch.compile`` is asked as on a CPU. None of these three devices
-has been tried: there was no such machine.
+Without a C++ compiler or a folder to write to, where ``torch.compile`` fails or is switched off, and on a GPU without
+Triton, a pass runs uncompiled; on Apple's MPS and Intel's XPU ``torch.compile`` is asked as on a CPU. None of these
+three devices has been tried: there was no such machine.
 """
 
+import errno
 import inspect
 import itertools
 import logging
@@ -18,12 +19,12 @@ import sys
 import threading
 import time
 import types
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .messages import warn_user
 from .passes import SHORT, Numbers
 
 NO_COMPILER = (
@@ -40,14 +41,16 @@ FAILED = (
     "sre_triton runs uncompiled, several times slower, as torch.compile failed ({}: {}); the logger sre_triton has the "
     "traceback. Please report it"
 )
-SWITCHED_OFF = "sre_triton compiles nothing, and runs uncompiled what is not compiled yet, several times slower: %s"
+SWITCHED_OFF = "sre_triton compiles nothing now, and runs uncompiled, several times slower: %s"
+# Of a folder or disk.
+UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
 STAND_IN_ROWS = 96  # of the shape that is compiled for; not a number of classes there
 
 logger = logging.getLogger("sre_triton")
 
 _lock = threading.Lock()
-_compiled: dict[tuple, "_Version"] = {}
+_compiled: dict[tuple, Callable | None] = {}  # None where a compilation has failed
 _uncompiled: set[str] = set()  # types of devices that nothing can be compiled for
 _said: set[str] = set()  # why torch.compile was found switched off
 
@@ -111,123 +114,125 @@ def _switched_off() -> str | None:
 
     if config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return "torch.compile is disabled (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE or torch._dynamo.config.disable)"
+    if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+        return "make_fx traces, under which torch.compile compiles nothing"
     stance = eval_frame._stance
     if stance.stance == "default" and stance.backend is None:
         return None
     return f"torch.compiler.set_stance({stance.stance!r})" + (stance.backend is not None) * " forces another backend"
 
 
-class _Version:
-    """A pass for one set of options and dtypes.
+def _compile(function: Callable, args: tuple) -> Callable[[tuple], tuple[Tensor, ...]]:
+    """The function of ``args``, compiled.
 
     torch.compile is asked once. At each call after that it would take 35 us to check what the key says and to arrange
     the arguments, a third of what 256 rows of 1000 classes take on two cores; so Inductor's own result is called, with
     the arguments in the order in which it was seen to get them. (Unless it is not for all shapes: on a GPU, whose
     indices may have 32 bits.)
-
-    Dynamo keeps what it has seen by code object, and for good. So each version has one of its own, and keeps it when a
-    compilation fails.
     """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    def __init__(self, function: Callable, logits: Tensor) -> None:
-        self.run: Callable[[tuple], tuple[Tensor, ...]] | None = None  # where it has been compiled
-        self.function = function
-        self.what = f"{function.__name__} for {str(logits.dtype).removeprefix('torch.')} logits on {logits.device}"
-        self.is_short = logits.shape[1] <= SHORT
-        code = function.__code__.replace(co_name=f"{function.__name__}_{len(_compiled)}")
-        options = {"guard_filter_fn": _of_shapes}
-        clone = types.FunctionType(code, function.__globals__)
-        self.checked = torch.compile(clone, backend=self._backend, dynamic=True, fullgraph=True, options=options)
-        self._started: float | None = None
+    logits = args[0]
+    what = f"{function.__name__} for {str(logits.dtype).removeprefix('torch.')} logits on {logits.device}"
+    is_short = logits.shape[1] <= SHORT
+    names = inspect.signature(function).parameters
+    stand_ins = tuple(_stand_in(name, arg, is_short) for name, arg in zip(names, args, strict=True))
+    flat = _flat(stand_ins)
+    inner, order, for_all_shapes, noting = None, [], False, True
+    started = None
 
-    def _backend(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
-        """What torch.compile calls with the graph."""
-        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    def compile_inner(*args, **kwargs):
+        nonlocal inner
+        inner = compile_fx_inner(*args, **kwargs)
+        return inner
 
-        def compile_inner(*args, **kwargs):
-            self._inner = compile_fx_inner(*args, **kwargs)
-            return self._inner
-
-        if self._started is None:  # else Dynamo has started again, knowing that a number is a constant
-            self._started = time.perf_counter()
+    def backend(graph, inputs):
+        nonlocal for_all_shapes, started
+        if started is None:  # else Dynamo has started again, knowing that a number is a constant
+            started = time.perf_counter()
             text = "compiling %s, once for each set of options: 2 to 15 seconds, unless Inductor has it cached"
-            logger.warning(text, self.what)
+            logger.warning(text, what)
         # The cache of AOTAutograd would return all it makes around Inductor's result; Inductor has its own.
         with torch._functorch.config.patch(enable_autograd_cache=False):
             whole = compile_fx(graph, inputs, compile_inner, dict(INDUCTOR))
-        self._for_all_shapes = _hold_for_all_shapes(inputs, self.is_short)
-        logger.info("compiled %s in %.1f s", self.what, time.perf_counter() - self._started)
-        self._started = None
+        for_all_shapes = _hold_for_all_shapes(inputs, is_short)
+        logger.info("compiled %s in %.1f s", what, time.perf_counter() - started)
+        started = None
 
         def note_order(*inputs):
-            flat, order = self._stand_ins, self._order
-            for given in inputs[len(order) :]:
+            for given in inputs[len(order) :] if noting else ():
                 same = (x == given if isinstance(given, int) and isinstance(x, int) else x is given for x in flat)
                 order.append(list(same).index(True))
             return whole(*inputs)
 
         return note_order
 
-    def compile(self, args: tuple) -> None:
-        """Compile it for what ``args`` are, on stand-ins for them."""
-        names = inspect.signature(self.function).parameters
-        stand_ins = tuple(_stand_in(name, arg, self.is_short) for name, arg in zip(names, args, strict=True))
-        self._inner, self._for_all_shapes, self._order, self._stand_ins = None, False, [], _flat(stand_ins)
-        try:
-            self.checked(*stand_ins)
-        finally:
-            self._stand_ins = None
-        if self._inner is None:
-            return  # torch.compile was switched off in a way that _switched_off does not know
-        if self._for_all_shapes:
-            inner, pick = self._inner, operator.itemgetter(*self._order)
-            self.run = lambda args: inner(list(pick(_flat(args))))
-        else:
-            self.run = lambda args: (self.function if _switched_off() else self.checked)(*args)
+    # Dynamo keeps what it compiled by code object: each key has its own.
+    code = function.__code__.replace(co_name=f"{function.__name__}_{len(_compiled)}")
+    clone = types.FunctionType(code, function.__globals__)
+    checked = torch.compile(
+        clone, backend=backend, dynamic=True, fullgraph=True, options={"guard_filter_fn": _of_shapes}
+    )
+    checked(*stand_ins)
+    noting = False
+    if inner is None:
+        raise RuntimeError("torch.compile has compiled nothing")
+    if not for_all_shapes:
+        return lambda args: (function if _switched_off() else checked)(*args)
+    pick = operator.itemgetter(*order)
+    return lambda args: inner(list(pick(_flat(args))))
 
 
-def _warning_of(error: Exception) -> str:
-    """What a compilation that ended in an error means."""
+def _lasting(error: Exception) -> str | None:
+    """The warning for an error that says that nothing can be compiled here."""
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-    causes = [error]
-    while (cause := getattr(causes[-1], "inner_exception", None) or causes[-1].__cause__) is not None:
-        causes.append(cause)
-    for cause in causes:
-        if isinstance(cause, (InvalidCxxCompiler, CppCompileError)):
-            return NO_COMPILER.format(type(cause).__name__)
-        # What Inductor needs on a GPU, and is not there or does not serve this one.
-        if type(cause).__name__ in ("TritonMissing", "GPUTooOldForTriton"):
-            return NO_TRITON.format(cause)
-        if isinstance(cause, OSError):
-            return NO_FILES.format(cause)
-    logger.warning("torch.compile failed", exc_info=error)
-    return FAILED.format(type(causes[-1]).__name__, str(causes[-1])[:200])
+    if isinstance(error, (InvalidCxxCompiler, CppCompileError)):
+        return NO_COMPILER.format(type(error).__name__)
+    # What Inductor needs on a GPU, and is not there or does not serve this one.
+    if type(error).__name__ in ("TritonMissing", "GPUTooOldForTriton"):
+        return NO_TRITON.format(error)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return NO_FILES.format(error)
+    return None
 
 
-def _compile(key: tuple, function: Callable, args: tuple) -> Callable | None:
-    """The version of a key, compiled now unless another thread has come before; None where that cannot be."""
-    device = args[0].device.type
+def _tried(function: Callable, args: tuple) -> Callable | None:
+    """The function compiled; None, and a warning, where that has failed."""
+    try:
+        return _compile(function, args)
+    except Exception as error:
+        causes = [error]
+        while (cause := getattr(causes[-1], "inner_exception", None) or causes[-1].__cause__) is not None:
+            causes.append(cause)
+        warning = next(filter(None, map(_lasting, causes)), None)
+        if warning is None:
+            logger.warning("torch.compile failed", exc_info=error)
+            warning = FAILED.format(type(causes[-1]).__name__, str(causes[-1])[:200])
+        else:
+            _uncompiled.add(args[0].device.type)
+    warn_user(warning, RuntimeWarning)
+    return None
+
+
+def _say(reason: str) -> None:
+    if reason not in _said:
+        _said.add(reason)
+        logger.warning(SWITCHED_OFF, reason)
+
+
+def _compile_once(key: tuple, function: Callable, args: tuple) -> Callable | None:
+    """What belongs to a key, compiled now unless another thread has come before or it may not be."""
     with _lock:
-        version = _compiled.get(key)
-        if version is not None and version.run is not None:
-            return version.run
-        if device in _uncompiled:
+        if key in _compiled:
+            return _compiled[key]
+        if args[0].device.type in _uncompiled:
             return None
         reason = _switched_off()
         if reason is None:
-            try:
-                if version is None:
-                    version = _compiled[key] = _Version(function, args[0])
-                version.compile(args)
-                return version.run
-            except Exception as error:
-                _uncompiled.add(device)
-                warnings.warn(_warning_of(error), RuntimeWarning, stacklevel=2)
-                return None
-        if reason not in _said:
-            _said.add(reason)
-            logger.warning(SWITCHED_OFF, reason)
+            _compiled[key] = _tried(function, args)
+            return _compiled[key]
+        _say(reason)
     return None
 
 
@@ -245,12 +250,15 @@ def compiled_pass(function: Callable, args: tuple) -> Callable[[tuple], tuple[Te
     """
     logits, target, weight, _, _, out, numbers = args
     num_rows, num_classes = logits.shape
-    if num_rows <= 1 or num_classes < 8 or logits.device.type in _uncompiled or _forced_eager():
+    if num_rows <= 1 or num_classes < 8:
+        return None
+    if _forced_eager():
+        _say(_switched_off())
         return None
     where = logits.dtype, logits.device, numbers.reg_weight.is_cpu
     what = target.dim(), weight is None, None if out is None else out.dtype, *(number is None for number in numbers)
     key = function, num_classes > SHORT, *where, *what
-    version = _compiled.get(key)
-    if version is None or version.run is None:
-        return _compile(key, function, args)
-    return version.run
+    try:
+        return _compiled[key]
+    except KeyError:
+        return _compile_once(key, function, args)

@@ -14,17 +14,21 @@ class _WhenImported(importlib.abc.MetaPathFinder):
     """Calls a function with the module ``COUNTER`` once this has been imported."""
 
     def __init__(self, then: Callable) -> None:
-        self.then = then
+        self.then, self.looking = then, False
 
     def find_spec(self, name, path=None, target=None):
-        if name != COUNTER:
+        if name != COUNTER or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.looking = True  # for what the other finders say
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.looking = False
         execute = spec.loader.exec_module
 
         def exec_module(module):
             execute(module)
+            sys.meta_path.remove(self)
             self.then(module)
 
         spec.loader.exec_module = exec_module

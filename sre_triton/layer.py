@@ -16,6 +16,7 @@ from torch.nn.modules import module as nn_module
 from .checks import is_dtensor
 
 LINEAR = torch.nn.Linear
+FORWARD = LINEAR.forward  # what others put in its place does more, perhaps
 
 
 def _only_watched() -> bool:
@@ -65,7 +66,7 @@ def features_of(layer: torch.nn.Module, input: Tensor) -> Tensor | None:
     """The input as it meets the layer's weight and bias, (..., D), or None where the layer must be called."""
     kind = type(layer)
     if (
-        kind.forward is not LINEAR.forward  # a parametrized layer has this one
+        kind.forward is not FORWARD  # a parametrized layer has this one
         or kind.__call__ is not LINEAR.__call__  # which tracers replace
         or "forward" in layer.__dict__
         or layer._compiled_call_impl is not None

@@ -102,7 +102,8 @@ class LinearSinglePass(torch.autograd.Function):
             if not ask:
                 scaled.append(None)
             elif not in_place:
-                scaled.append(gradient * grad_loss)
+                # In float32: what has no dimensions would be brought to half precision first.
+                scaled.append((gradient * grad_loss.unsqueeze(-1)).to(gradient.dtype))
             else:
                 rows = gradient.detach() if gradient.dim() == 2 else gradient.detach().unsqueeze(0)
                 scaled.append(primitives(ctx.how.backend).scale_gradient_(rows, grad_loss).view_as(gradient))
@@ -225,7 +226,8 @@ def linear_self_regularized_entropy(
         class_mean: divide S by K - 1; None is the plain sum and warns where :func:`self_regularized_entropy` does.
         ignore_index: rows with this class index have loss 0, and nothing of them reaches any gradient, not even NaN;
             a CPU spends no time on them.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in ``F.cross_entropy``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in ``F.cross_entropy``. With "none", features or weights that
+            are changed before the backward through NumPy, which PyTorch does not see, silently change the gradients.
         denominator: with ``"mean"``, divide by this number or 0-dim tensor instead, through which no gradient
             flows. Pass a count that is a tensor as it is: ``count.item()`` waits for a GPU, and ends a graph of
             ``torch.compile`` (with ``fullgraph=True`` an error) unless
@@ -289,7 +291,7 @@ def linear_self_regularized_entropy(
             input, linear_weight, linear_bias, target, weight, shard
         )
     if shard is not None and input.dim() > 0:
-        target, weight = of_shard(shard, target, weight, dim=input.dim() - 1)
+        target, weight = of_shard(shard, target, weight, input.dim(), dim=input.dim() - 1)
     check_linear(input, linear_weight, linear_bias, target, weight, ignore_index, chunk_rows, shard)
     num_here, num_features = linear_weight.shape
     num_classes = num_here if shard is None else shard.num_classes

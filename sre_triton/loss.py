@@ -270,7 +270,7 @@ def self_regularized_entropy(
 
         input, target, weight, shard, layout = of_logits(input, target, weight, shard)
     if shard is not None and input.dim() > 0:
-        target, weight = of_shard(shard, target, weight, dim=min(1, input.dim() - 1))
+        target, weight = of_shard(shard, target, weight, input.dim(), dim=min(1, input.dim() - 1))
     check_tensors(input, target, weight, ignore_index, shard)
     dim = min(1, input.dim() - 1)
     num_classes = input.shape[dim] if shard is None else shard.num_classes

@@ -1,6 +1,8 @@
-"""What an error says: the argument, what was expected, what came and what mends it, briefly whatever came."""
+"""What an error says: the argument, what was expected, what came and what mends it, briefly; and where a warning is."""
 
 import reprlib
+import sys
+import warnings
 
 import torch
 from torch import Tensor
@@ -63,3 +65,11 @@ def wrong(error: type[Exception], argument: str, expected: str, value: object, m
     """The error; ``mend`` says what to do where that is not plain."""
     mend = mend and f"; {mend}"
     return error(f"{argument}: expected {expected}, got {short(value)}{mend}")
+
+
+def warn_user(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the user's line, however deep in here and in PyTorch it is found."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("sre_triton.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level)

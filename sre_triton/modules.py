@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import (
+    check_are_tensors,
     check_chunk_rows,
     check_class_weights,
     check_features,
@@ -47,22 +48,21 @@ class _Loss(torch.nn.Module):
     weight: Tensor | None
     reg_weight: Tensor
 
-    @staticmethod
-    def _check(*, chunk_rows: int | None = None, **options: object) -> None:
+    def _check(self, weight: object, *, chunk_rows: int | None = None, **options: object) -> None:
         check_chunk_rows(chunk_rows)
         check_options(**options)
+        shard, num_classes = options["shard"], self._num_classes
+        if shard is not None and num_classes not in (None, shard.num_classes):
+            raise wrong(ValueError, "shard", f"one of {num_classes} classes, as num_classes", shard)
+        sizes = () if num_classes is None else (num_classes,)
+        check_class_weights(weight, sizes if shard is None else (shard.stop - shard.start, shard.num_classes))
 
     def _keep(self, arguments: dict[str, object], device: torch.device | str | None = None) -> None:
         options = {name: arguments[name] for name in self._DEFAULTS}
-        self._check(**options)
+        self._num_classes = arguments.get("num_classes")
+        self._check(arguments["weight"], **options)
         reg_weight = options.pop("reg_weight")
         check_reg_weight(reg_weight, LARGEST)
-        shard, sizes = options["shard"], ()
-        if shard is not None:
-            sizes = shard.stop - shard.start, shard.num_classes
-        elif "num_classes" in arguments:
-            sizes = (arguments["num_classes"],)
-        check_class_weights(arguments["weight"], sizes)
         self.register_buffer("weight", arguments["weight"])
         for name, value in options.items():
             setattr(self, name, value)
@@ -83,15 +83,17 @@ class _Loss(torch.nn.Module):
             self._set_reg_weight(value)
             return
         if kept and name == "weight":
-            check_class_weights(value)
+            self._check(value, **self._options())
         elif kept and name in self._DEFAULTS:
-            self._check(**self._options() | {name: value})  # with the others, as some exclude each other
+            self._check(self.weight, **self._options() | {name: value})  # with the others, as some exclude each other
         super().__setattr__(name, value)
 
     def _set_reg_weight(self, value: object) -> None:
         check_reg_weight(value, LARGEST)
         if isinstance(value, Tensor):
             self._local_reg_weight().copy_(value.detach())
+            if self.reg_weight.is_meta and not value.is_meta:
+                self._last_value = value.item()
             return
         self._local_reg_weight().fill_(value)
         self._last_value = float(value)  # which "meta" does not keep
@@ -183,7 +185,8 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
     That is so while ``linear`` is a plain ``nn.Linear``, ``torch.nn.utils.parametrizations`` of its weight included.
     Where it may be more (an adapter such as LoRA, a subclass with a forward of its own, hooks, a quantized weight,
     FSDP2 around ``linear`` alone), the forward calls it once, and takes the loss of what it returns. Logits and their
-    gradient are then in memory, ``chunk_rows`` means nothing, and a warning says so once.
+    gradient are then in memory, ``chunk_rows`` means nothing, NaN features of ignored rows reach the gradients as they
+    do through any layer, and a warning says so once.
 
     Args:
         in_features: D.
@@ -228,8 +231,6 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
         super().__init__()
         check_layer(in_features, num_classes, dtype)
         self._keep(locals(), device)
-        if shard is not None and shard.num_classes != num_classes:
-            raise wrong(ValueError, "shard", f"one of {num_classes} classes, as num_classes", shard)
         num_here = num_classes if shard is None else shard.stop - shard.start
         self.linear = torch.nn.Linear(in_features, num_here, bias=bias, device=device, dtype=dtype)
 
@@ -237,6 +238,7 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Parts]:
         """The loss of features (..., D) and class indices (...) or probabilities (..., K)."""
         linear = self.linear
+        check_are_tensors({"input": input, "target": target}, {})
         features = features_of(linear, input)
         if features is None:
             return self._of_logits(linear(input), target)

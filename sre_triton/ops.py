@@ -139,8 +139,15 @@ def hidden_from_modes(function: Callable) -> Callable:
     def call(*args, **keywords):
         if not torch._C._len_torch_function_stack() or keywords.get("backend") == "eager":
             return function(*args, **keywords)
-        with torch._C.DisableTorchFunction():
+        if torch.compiler.is_compiling():
+            with torch._C.DisableTorchFunction():
+                return function(*args, **keywords)
+        modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
+        try:
             return function(*args, **keywords)
+        finally:
+            for mode in reversed(modes):
+                torch._C._push_on_torch_function_stack(mode)
 
     return call
 

@@ -53,11 +53,6 @@ def coin_entropy(t: Tensor) -> Tensor:
     return torch.where(empty, 0, torch.where(t > 0, falling, rising))
 
 
-def _log(c: float, like: Tensor) -> float | Tensor:
-    """log c; math.log would compile the number in."""
-    return (like.new_ones(()) * c).log() if torch.compiler.is_compiling() else math.log(c)
-
-
 def target_distribution(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """y with the shape of ``input``: one-hot rows for class indices (0 where ignored, NaN where out of range)."""
     dtype = compute_dtype(input.dtype)
@@ -118,7 +113,7 @@ def self_regularized_entropy(
     log_sum = d.exp().sum(dim, keepdim=True).log()
     log_p = d - log_sum
     # Not log_p - log c: backward would sum the -1 of H and the far smaller gradients of S in one float32 sum.
-    t = d - log_sum - _log(c, d)
+    t = d - log_sum - math.log(c)
     lse = (m + log_sum).squeeze(dim)
 
     y = target_distribution(input, target, ignore_index)
@@ -147,8 +142,7 @@ def self_regularized_entropy(
         rows = rows / denominator
 
     if isinstance(reg_weight, Tensor):
-        # A copy, as a schedule may write into it before the backward.
-        reg_weight = reg_weight.detach().to(input.device, dtype, copy=True)
+        reg_weight = reg_weight.detach().to(input.device, dtype)
     cross_entropy, regularizer, z_penalty = rows
     loss = cross_entropy - reg_weight * regularizer + z_penalty
     return loss, Parts(*rows.detach())

@@ -33,6 +33,7 @@ def _warned(monkeypatch):
 @pytest.fixture
 def uncompiled(monkeypatch):
     """Everything runs as on a machine without a compiler, which takes no time to compile."""
+    monkeypatch.setattr(compiled, "_compiled", {})
     monkeypatch.setattr(compiled, "_uncompiled", {"cpu"})
 
 

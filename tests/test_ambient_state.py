@@ -105,6 +105,16 @@ def test_what_surrounds_the_first_call_is_not_compiled_in(first, monkeypatch):
         step("compile", names)
 
 
+def test_a_device_context_changes_no_class_of_tensors(uncompiled):
+    class Kind(torch.Tensor):
+        pass
+
+    logits, target, _ = problem(4, 20, {})
+    with torch.device("cpu"):
+        inside = self_regularized_entropy(logits.as_subclass(Kind), target)
+    assert type(inside) is type(self_regularized_entropy(logits.as_subclass(Kind), target)) is Kind
+
+
 @pytest.mark.parametrize("name", STATES)
 def test_what_surrounds_a_call_changes_nothing(name, row_backend):
     step(row_backend, [name])

@@ -390,6 +390,13 @@ def test_what_is_set_on_a_module_is_checked_there(make):
     assert repr(module) == repr(make())
 
 
+def test_class_weights_that_are_set_later_have_the_layers_size():
+    head = LinearSelfRegularizedEntropyLoss(3, 7)
+    with pytest.raises(ValueError, match=r"^weight: expected a tensor of shape \(7,\), got a float32 tensor of shape"):
+        head.weight = torch.ones(3)
+    head.weight = torch.ones(7)
+
+
 def test_dtypes_under_autocast(uncompiled):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         linear_self_regularized_entropy(x, W.bfloat16(), y, linear_bias=b)

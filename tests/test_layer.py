@@ -258,6 +258,17 @@ def test_says_once_what_it_costs(monkeypatch, uncompiled):
     head(x, target)
 
 
+def test_a_forward_that_others_put_into_the_class_is_called(monkeypatch, uncompiled):
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: 2 * F.linear(x, self.weight, self.bias))
+    head, x, target = head_of(), features(), first((N,))
+    torch.testing.assert_close(step(head, x, target), step(head, x, target, pair), **exact)
+
+
+def test_a_target_that_is_no_tensor(uncompiled):
+    with pytest.raises(TypeError, match="^target: expected a tensor, got "):
+        changed("adapter")(features(2, 3), [1, 2])
+
+
 def test_says_it_while_compiling(monkeypatch, uncompiled):
     torch.compiler.reset()
     monkeypatch.setattr(checks, "_warned", set())

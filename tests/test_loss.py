@@ -327,6 +327,7 @@ def test_inplace_takes_the_storage_of_the_logits(view, reduction, recompute, row
 @pytest.mark.parametrize("uncompiled", [set(), {"cpu"}], ids=["compiled", "uncompiled"])
 def test_inplace_is_seen_by_autograd(uncompiled, monkeypatch):
     monkeypatch.setattr(compiled, "_uncompiled", uncompiled)
+    monkeypatch.setattr(compiled, "_compiled", {})
     source, target, _ = problem(6, 20, {}, probabilities=True)
     logits = source.requires_grad_().exp()  # whose backward reads its output
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

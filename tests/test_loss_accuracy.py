@@ -317,6 +317,7 @@ def test_any_combination(N, K, spread, probabilities, weighted, ignored, recompu
     if ignored and not probabilities:
         target[::2] = -100
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "_compiled", {})
         patch.setattr(compiled, "_uncompiled", {"cpu"})
         loss, parts, gradient = loss_and_gradient(
             logits, target, reduction=reduction, recompute=recompute, backend="compile", **options

@@ -123,6 +123,9 @@ def test_reg_weight_is_a_buffer(make, uncompiled):
     meta = criterion.to("meta")
     meta.reg_weight = 0.5
     assert torch.equal(meta.to_empty(device="cpu").reg_weight, torch.tensor(0.5))
+    meta = make(reg_weight=0.5).to("meta")
+    meta.reg_weight = torch.tensor(0.125)
+    assert torch.equal(meta.to_empty(device="cpu").reg_weight, torch.tensor(0.125))
     given = torch.tensor(0.75, requires_grad=True)
     criterion = make(reg_weight=given)
     assert criterion.reg_weight.data_ptr() == given.data_ptr()

@@ -856,6 +856,9 @@ def refused(group):
     note(TypeError, self_regularized_entropy, logits, target.to_sparse(), shard=shard)
     note(TypeError, self_regularized_entropy, torch.nn.UninitializedParameter(), target, shard=shard)
     note(TypeError, self_regularized_entropy, logits, target.float(), shard=shard)
+    one_hot = torch.nn.functional.one_hot(target, K)
+    note(TypeError, self_regularized_entropy, logits, one_hot, shard=shard)
+    note(TypeError, self_regularized_entropy, logits.unsqueeze(2), target.unsqueeze(1).float(), shard=shard)
     note(TypeError, SelfRegularizedEntropyLoss, torch.ones(30).to_sparse(), shard=shard)
     note(ValueError, SelfRegularizedEntropyLoss, torch.ones(31), shard=shard)
     note(
@@ -900,10 +903,25 @@ def test_errors_say_what_was_expected(ranks):
         "input: expected a dense tensor, got an uninitialized parameter; the first forward of its module makes it one",
         "target: expected int64, int32, int16, int8 or uint8 class indices, or probabilities shaped as the logits, "
         "got a float32 tensor of shape (9,); target.long() makes class indices of it",
+        "target: expected floating-point probabilities, since its shape is the logits', got an int64 tensor of shape "
+        "(9, 30); target.float() converts it",
+        "target: expected int64, int32, int16, int8 or uint8 class indices, or probabilities shaped as the logits, "
+        "got a float32 tensor of shape (9, 1); target.long() makes class indices of it",
         "weight: expected a dense tensor, got a float32 sparse_coo tensor of shape (30,); weight.to_dense() is one",
         "weight: expected a tensor of shape (30,) or (60,), got a float32 tensor of shape (31,)",
         "input: expected a dense tensor, got a float32 mkldnn tensor of shape (9, 16); input.to_dense() is one",
     ]
+
+
+def huge(group):
+    shard, logits = VocabShard.even(10, group), torch.zeros(3, 10)
+    options = ({"z_loss": 1e300}, {"reg_weight": 1e300}, {"reg_weight": -1e39})
+    return [self_regularized_entropy(logits, torch.arange(3), shard=shard, **option) for option in options]
+
+
+def test_numbers_that_float32_does_not_hold(ranks):
+    (found,) = ranks.run(1, huge)
+    assert found == [torch.inf, -torch.inf, torch.inf]
 
 
 def test_without_a_process_group():

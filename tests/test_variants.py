@@ -116,6 +116,17 @@ variants.main()
     assert [(line["gpu"], line["width"]) for line in after[4:]] == [("sm_90", "9"), ("sm_100", "9")]
 
 
+def test_the_whole_table_is_laid_out():
+    code = """
+import variants
+from cross_compile import compile_only
+
+compile_only("sm_90")
+print(min(len(variants.every_way(variants.STEP | other)) for other in variants.OTHERS))
+"""
+    assert int(run("-c", code)) > 0
+
+
 def test_numbers_are_not_compiled_in():
     code = """
 import warnings

@@ -118,7 +118,7 @@ def every_pair(settings: dict, seed: int = 0) -> list[dict]:
 
 def starts_of(call: dict) -> list[int]:
     """The numbers of classes from which on plan.py holds the rows of a call in another way than before, and 1."""
-    has_y = call["target"] != "indices" or (call["weight"] and call["label_smoothing"] > 0)
+    has_y = call["target"] != "indices" or bool(call["weight"] and call["label_smoothing"])
 
     def way(num_classes: int) -> tuple:
         found = plan(
