@@ -34,9 +34,10 @@ def assert_can_be_launched(line):
     assert line["fusion"], line
     assert line["warps"] * (32 if nvidia else 64) <= 1024, line
     assert line["shared"] <= line["most_shared"], line
-    # What Triton 3.8 cannot compile for Blackwell, if it does not see it early enough.
-    assert line["subtracted_products"] == 0, line
     if nvidia:
+        # What Triton 3.8 cannot compile for Blackwell, if it does not see it early enough. (3.6 and 3.7 take -y for
+        # 0 - y, also of a product.)
+        assert line["subtracted_products"] == 0 or not line["triton"].startswith("3.8"), line
         assert line["spill"] == 0, line
         assert line["widest"] >= 16 or line["less"] != "0", line
 

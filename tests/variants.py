@@ -7,7 +7,7 @@
                                                                plan.py and in every quarter between two; then the other
                                                                kernels and options, once with each way to hold rows
 
-The last is the whole table, a quarter of an hour for each GPU; called again, it goes on where it was stopped. With
+The last is the whole table, up to 1200 kernels for each GPU; called again, it goes on where it was stopped. With
 another Triton than the installed one:
 
     pip install --no-deps --target triton36 triton==3.6.0
