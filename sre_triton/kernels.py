@@ -39,7 +39,6 @@ from .rows import (
     shares,
     stats_of,
     sums_with_targets,
-    values_of,
     zeros,
 )
 from .tiles import (
@@ -61,6 +60,7 @@ from .tiles import (
     sum_pairs,
     sums_of_h_and_u,
     sums_of_y,
+    value_of,
     weighted_sums_of_h_and_u,
 )
 
@@ -190,7 +190,7 @@ def _smoothed(lse, inputs, opts, V: tl.constexpr):
     zero = zeros(V)
     share, _ = shares(inputs, opts, V)
     if inputs.all_classes is None:
-        return m, exp_sum, zero + opts.label_smoothing, share * z_sum, zero
+        return m, exp_sum, zero + value_of(opts.label_smoothing), share * z_sum, zero
     else:
         return m, exp_sum, zero + share * (inputs.num_classes * V.ALIGN), share * z_sum, zero
 
@@ -350,7 +350,6 @@ def row_loss_kernel(
     V: tl.constexpr,
 ):  # fmt: skip
     """row_loss with stats_ptr, row_loss_and_gradient with gradient_ptr."""
-    opts = values_of(opts, V.PTX)
     if V.STAGES == 0:
         rows = program_rows(V)
         inside = None if V.ROWS == 1 else rows < inputs.num_rows
@@ -372,7 +371,6 @@ def row_loss_kernel(
 @triton.jit
 def row_lse_kernel(inputs, opts, stats_ptr, V: tl.constexpr):
     """The first five statistics."""
-    opts = values_of(opts, V.PTX)
     rows = program_rows(V)
     inside = None if V.ROWS == 1 else rows < inputs.num_rows
     target, counted = counted_targets(inputs, opts, rows, inside, V)
@@ -400,7 +398,6 @@ def _numbers_from_stats(inputs, opts, stats_ptr, rows, inside, counted, V: tl.co
 @triton.jit
 def row_sums_kernel(inputs, opts, stats_ptr, sums_ptr, V: tl.constexpr):
     """The last two statistics."""
-    opts = values_of(opts, V.PTX)
     rows = program_rows(V)
     inside = None if V.ROWS == 1 else rows < inputs.num_rows
     target, counted = counted_targets(inputs, opts, rows, inside, V)
@@ -421,7 +418,6 @@ def row_gradient_kernel(
     inputs, opts, stats_ptr, scale_ptr, scale_stride, gradient_ptr, gradient_stride, V: tl.constexpr
 ):  # fmt: skip
     """The gradient of scale * loss."""
-    opts = values_of(opts, V.PTX)
     rows = program_rows(V)
     inside = None if V.ROWS == 1 else rows < inputs.num_rows
     target, counted = counted_targets(inputs, opts, rows, inside, V)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import LN_2, coin_h_and_u, exp2_near_0, finite_maximum, fma, less_product, log2_parts, reciprocal
+from .tiles import LN_2, coin_h_and_u, exp2_near_0, finite_maximum, fma, less_product, log2_parts, reciprocal, value_of
 
 
 class Inputs(NamedTuple):
@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The scalar options: numbers, or pointers to where on the GPU they lie (:func:`values_of`).
+    """The scalar options: numbers, or pointers to where on the GPU they lie (tiles.py: `value_of`).
 
     What is None takes no part in the compiled code; no value is compiled in.
     """
@@ -70,43 +70,16 @@ class Variant(NamedTuple):
 
 
 @triton.jit
-def _value_of(number):
-    if number is None:
-        return None
-    elif tl.to_tensor(number).dtype.is_ptr():  # the interpreter has floats
-        return tl.load(number).to(tl.float32)
-    else:
-        return number
-
-
-@triton.jit
-def values_of(opts, PTX: tl.constexpr):
-    """The options as numbers, read once by a program."""
-    c = _value_of(opts.c)
-    whole, rest = opts.log2_c_whole, opts.log2_c_rest
-    if whole is None:
-        whole, rest = log2_parts(c, PTX)
-    return Options(
-        c=c,
-        log2_c_whole=whole,
-        log2_c_rest=rest,
-        reg_weight=_value_of(opts.reg_weight),
-        ignore_index=opts.ignore_index,
-        label_smoothing=_value_of(opts.label_smoothing),
-        z_loss=_value_of(opts.z_loss),
-        softcap=_value_of(opts.softcap),
-    )
-
-
-@triton.jit
 def shares(inputs, opts, V: tl.constexpr):
     """What label smoothing gives to every class, ε/K, and what it leaves to the target, 1 - ε."""
     if opts.label_smoothing is None:
         return 0.0, 1.0
     elif inputs.all_classes is None:
-        return opts.label_smoothing / (inputs.num_classes * V.ALIGN), 1.0 - opts.label_smoothing
+        label_smoothing = value_of(opts.label_smoothing)
+        return label_smoothing / (inputs.num_classes * V.ALIGN), 1.0 - label_smoothing
     else:
-        return opts.label_smoothing / inputs.all_classes, 1.0 - opts.label_smoothing
+        label_smoothing = value_of(opts.label_smoothing)
+        return label_smoothing / inputs.all_classes, 1.0 - label_smoothing
 
 
 @triton.jit
@@ -156,6 +129,17 @@ def lse_with_targets(inputs, opts, lse, targets, V: tl.constexpr):
 
 
 @triton.jit
+def _c(opts, PTX: tl.constexpr):
+    """c, and log2 c as a whole number and the rest."""
+    if opts.log2_c_whole is None:
+        c = value_of(opts.c)
+        whole, rest = log2_parts(c, PTX)
+        return c, whole, rest
+    else:
+        return opts.c, opts.log2_c_whole, opts.log2_c_rest
+
+
+@triton.jit
 def numbers_of(opts, reference, exp_sum, counted, PTX: tl.constexpr):
     """What tiles need of a row (tiles.py: its `numbers`), the sum of exponentials, and its logarithm.
 
@@ -164,12 +148,12 @@ def numbers_of(opts, reference, exp_sum, counted, PTX: tl.constexpr):
     factor, product, lost = reference
     exp_sum = if_counted(counted, tl.where(exp_sum == 0.0, float("nan"), exp_sum), 1.0)
     whole, rest = log2_parts(exp_sum, PTX)
-    c_whole, c_rest = opts.log2_c_whole, opts.log2_c_rest
+    c, c_whole, c_rest = _c(opts, PTX)
     # log2(s c) is rounded to `off`, and s c to what `off` is the logarithm of: p / c is the same number wherever it
     # stands. All it costs is that c is not quite the c that was asked for, by up to 6e-7 of it.
     off = (whole + c_whole) + (rest + c_rest)
     more = (rest + c_rest) - (off - (whole + c_whole))
-    sc = exp_sum * opts.c
+    sc = exp_sum * c
     # Not 0, nor so small that its reciprocal is infinite, which with a tiny c it would be for huge logits.
     sc = tl.maximum(less_product(sc, sc, more * LN_2), 2e-38, propagate_nan=tl.PropagateNan.ALL)
     return (factor, product, off, sc), exp_sum, (whole + (rest - lost)) * LN_2
@@ -205,8 +189,8 @@ def losses_of(opts, lse, h_sum, log_sum, counted, V: tl.constexpr):
     regularizer = if_counted(counted, omega * h_sum, 0.0)
     z_penalty = zeros(V)
     if opts.z_loss is not None:
-        z_penalty = if_counted(counted, opts.z_loss * omega * (m + log_sum) * (m + log_sum), 0.0)
-    loss = less_product(cross_entropy, opts.reg_weight, regularizer) + z_penalty
+        z_penalty = if_counted(counted, value_of(opts.z_loss) * omega * (m + log_sum) * (m + log_sum), 0.0)
+    loss = less_product(cross_entropy, value_of(opts.reg_weight), regularizer) + z_penalty
     return loss, cross_entropy, regularizer, z_penalty
 
 
@@ -217,9 +201,9 @@ def coefficients_of(
     """coef_p / s, the factor of u in bits, and that of w y."""
     m, _, y_sum, _, omega = lse
     scale = load_if_counted(scale_ptr + rows * scale_stride, counted)
-    of_u = omega * opts.reg_weight
+    of_u = omega * value_of(opts.reg_weight)
     of_p = less_product(y_sum, of_u, u_sum)
     if opts.z_loss is not None:
-        of_p += omega * (2.0 * opts.z_loss * (m + log_sum))
+        of_p += omega * (2.0 * value_of(opts.z_loss) * (m + log_sum))
     coef_e = if_counted(counted, scale * of_p * reciprocal(exp_sum, PTX), 0.0)
     return coef_e, if_counted(counted, scale * of_u * LN_2, 0.0), -scale

@@ -125,10 +125,22 @@ def log2_parts(x, PTX: tl.constexpr):
 
 
 @triton.jit
+def value_of(option):
+    """A scalar option that is in use: a number, or what lies on the GPU where it points to."""
+    if isinstance(option, float):  # in the interpreter
+        return option
+    elif option.dtype.is_ptr():
+        return tl.load(option).to(tl.float32)
+    else:
+        return option
+
+
+@triton.jit
 def load_logits(pointers, mask, softcap):
     """z in float32, -inf outside the mask."""
     z = (tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=-INF)).to(tl.float32)
     if softcap is not None:
+        softcap = value_of(softcap)
         z = fma(_tanh(z * (1.0 / softcap)), softcap, 0.0)  # no product: something is subtracted from it
         if mask is not None:
             z = tl.where(mask, z, -INF)
@@ -415,6 +427,6 @@ def gradient_of(z, wy, numbers, coef_e, coef_u, coef_y, softcap, HAS_Y: tl.const
     u = less_product(v, v, mu)
     gradient = coef_e * e + (fma(coef_u, u, coef_y * wy) if HAS_Y else coef_u * u)
     if softcap is not None:
-        ratio = z * (1.0 / softcap)
+        ratio = z * (1.0 / value_of(softcap))
         gradient *= tl.where(z == -INF, 0.0, less_product(1.0, ratio, ratio))  # -inf only where nothing is read
     return gradient
