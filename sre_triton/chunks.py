@@ -268,7 +268,8 @@ def _backward(ctx, grad_losses, *grad_gradients):
     """Logits and gradients are computed anew: what the losses are multiplied by later is known now alone."""
     if any(gradient is not None for gradient in grad_gradients):
         raise RuntimeError(DOUBLE_BACKWARD)
-    tensors, saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    input, linear_weight, linear_bias, target, weight, *saved = ctx.saved_tensors
+    tensors = input, linear_weight, linear_bias, target, weight
     upstream = grad_losses[0]  # The other losses are the parts, through which no gradient flows.
     wanted = list(ctx.needs_input_grad[:3])
     one = torch.ones_like(upstream[:1]).squeeze(0)

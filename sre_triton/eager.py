@@ -82,10 +82,7 @@ def row_loss(
         y = (1 - label_smoothing) * y + even if smoothed else y
         H = cross_entropy(d - log_sum, y if w is None else w * y)
     S = omega * ((1 - even) * h.sum(1) - (1 - label_smoothing) * h_target)
-    loss = H - reg_weight * S
-    z_penalty = torch.zeros_like(loss)
-    if z_loss is not None:
-        z_penalty = z_loss * omega * (m + log_sum).squeeze(1).square()
-        loss = loss + z_penalty
+    z_penalty = (0.0 if z_loss is None else z_loss) * omega * (m + log_sum).squeeze(1).square()
+    loss = H - reg_weight * S + z_penalty
     losses = torch.stack([loss, H, S, z_penalty]).detach()
     return (torch.where(ignored, 0, loss), torch.where(ignored, 0, losses)) if look else (loss, losses)

@@ -140,7 +140,8 @@ class LinearRecompute(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         if grad_loss is None:
             return (None,) * ctx.num_inputs
-        tensors, saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        input, linear_weight, linear_bias, target, weight, factor, *saved = ctx.saved_tensors
+        tensors = input, linear_weight, linear_bias, target, weight, factor
         asked = _asked_for(ctx, ctx.how.wanted)
         arguments = *tensors, grad_loss, ctx.how._replace(wanted=asked), *options_again(ctx, saved)
         if torch.compiler.is_compiling():

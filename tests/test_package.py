@@ -267,7 +267,7 @@ def test_shards_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, ra
         N, K, W = int(row["N"]), int(row["K"]), int(ranks)
         assert (65536 if scaling == "strong" else 32768 * W) == K
         assert float(row["quartile1_ms"]) <= float(row["median_ms"]) <= float(row["quartile3_ms"])
-        gathered, reduced = 4 * (8 + 4 * N), 4 * 2 * N
+        gathered, reduced = 4 * (11 + 4 * N), 4 * 2 * N
         calls, nbytes, in_a_ring = {
             "sre_triton": (2, gathered + reduced, (W - 1) * gathered + 2 * (W - 1) / W * reduced),
             "F.cross_entropy, loss_parallel": (3, 3 * 4 * N, 2 * (W - 1) / W * 3 * 4 * N),

@@ -266,7 +266,7 @@ def counted(group, options, recompute, linear):
 def test_two_collectives_a_step_and_none_in_the_backward(recompute, reduction, ranks):
     for options in ({}, {"label_smoothing": 0.1, "weight": torch.ones(K)}):
         for forward, backward in ranks.run(3, counted, options | {"reduction": reduction}, recompute, False):
-            numbers = 8 + (5 if options else 4) * N, 2 * N  # in front of them what the ranks compare
+            numbers = 11 + (5 if options else 4) * N, 2 * N  # in front of them what the ranks compare
             assert forward == [("all_gather", 4 * numbers[0]), ("all_reduce", 4 * numbers[1])]
             assert backward == []
 
@@ -274,7 +274,7 @@ def test_two_collectives_a_step_and_none_in_the_backward(recompute, reduction, r
 def test_a_chunk_of_the_linear_loss_has_one_more(ranks):
     for forward, backward in ranks.run(2, counted, {"chunk_rows": 5}, None, True):
         for rows, calls in ((5, forward[:3]), (N - 5, forward[3:])):
-            numbers = {"all_gather": [8 + 4 * rows], "all_reduce": [2 * rows, D * rows]}  # the last is of the features
+            numbers = {"all_gather": [11 + 4 * rows], "all_reduce": [2 * rows, D * rows]}  # the last is of the features
             assert calls == [(name, 4 * n) for name in numbers for n in numbers[name]]
         assert backward == []
 
@@ -287,7 +287,7 @@ def test_many_ranks(name, probabilities, ranks):
         answers = ranks.run(len(ends), many_ranks(on_rank), ends, logits, target, options)
         found = *answers[0][:2], joined([gradient for _, _, gradient in answers], ends, 1)
         assert_found_within_bounds(found, logits, target, **options)
-    numbers = 2 * 6 + N, 2 + 3 * N, 2 * N
+    numbers = 2 * 9 + N, 2 + 3 * N, 2 * N
     for forward, backward in ranks.run(2, many_ranks(counted), {}, False, False):
         assert forward == [("all_reduce", 4 * n) for n in numbers]
         assert backward == []
