@@ -28,7 +28,8 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            sys.meta_path.remove(self)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             self.then(module)
 
         spec.loader.exec_module = exec_module
