@@ -26,6 +26,8 @@ from .reference import Parts
 from .shard import VocabShard
 
 LARGEST = torch.finfo(torch.float32).max
+# Of these a whole number is kept as a float: torch.compile makes a graph for every int that a module has.
+FLOATS = ("c", "denominator", "label_smoothing", "z_loss", "softcap")
 
 
 def _defaults(function: Callable, *but: str) -> dict[str, object]:
@@ -86,7 +88,7 @@ class _Loss(torch.nn.Module):
             self._check(value, **self._options())
         elif kept and name in self._DEFAULTS:
             self._check(self.weight, **self._options() | {name: value})  # with the others, as some exclude each other
-        super().__setattr__(name, value)
+        super().__setattr__(name, float(value) if name in FLOATS and type(value) is int else value)
 
     def _set_reg_weight(self, value: object) -> None:
         check_reg_weight(value, LARGEST)
