@@ -10,6 +10,7 @@ For one row of logits z with target class g, p = softmax(z) and c = 1e-7:
 The letters, everywhere in the code: N rows, K classes, D features of a linear layer, c the suppression level,
 lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the weight of S, ε label smoothing, α z-loss.
 
+    messages.py    what an error says, briefly whatever came, and where a warning is
     reference.py   the definition, in plain PyTorch
     eager.py       the same in few operations, for plain autograd
     ops.py         the primitives' signatures, registered with PyTorch
@@ -25,7 +26,6 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
     compiled.py    torch.compile: asked once for every set of options
     fallback.py    torch.compile: the primitives
     backend.py     chooses between them
-    messages.py    what an error says, briefly whatever came
     shard.py       which classes a rank has
     collectives.py what the ranks tell each other
     dtensor.py     DTensors: what of them is here

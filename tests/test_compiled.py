@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import errno
-import functools
 import gc
 import itertools
 import math
@@ -49,7 +48,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("first", [(2, 8), (512, 512), (1, 1), (2, 5003)], ids=str)
+@pytest.mark.parametrize("first", [(512, 512), (1, 1)], ids=str)
 def test_any_number_of_shapes_is_compiled_twice(first, fresh):
     for N, K in [first, *SHAPES]:
         logits, target, _ = problem(N, K, {})
@@ -71,18 +70,13 @@ def general(monkeypatch):
 
 
 def test_sets_of_options_do_not_push_each_other_out(fresh, general):
-    cases = [
-        (dtype, probabilities, name)
-        for dtype in (torch.float32, torch.bfloat16)
-        for probabilities in (False, True)
-        for name in ("default", "softcap")
-    ]
-    cases += [(torch.float32, False, "weight+smoothing")]  # one more than Dynamo keeps of a function's versions
+    cases = [(torch.float32, True, "default"), (torch.bfloat16, False, "softcap"), (torch.float32, False, "weight")]
     kept = {}
     for again in (False, True):
         for dtype, probabilities, name in cases:
             logits, target, options = problem(33, 200, OPTIONS[name], probabilities=probabilities, dtype=dtype)
-            loss, _, gradient = loss_and_gradient(logits, target, backend="compile", **options)
+            with torch._dynamo.config.patch(recompile_limit=2):  # of the versions of a function
+                loss, _, gradient = loss_and_gradient(logits, target, backend="compile", **options)
             true_loss, _, true_gradient = truth(logits, target, **options)
             torch.testing.assert_close(loss.double(), true_loss, rtol=5e-6, atol=1e-6)
             tolerance = 1e-4 if dtype == torch.float32 else 0.01
@@ -173,7 +167,7 @@ def test_all_loops_are_one_loop_over_the_rows(name, probabilities, num_classes, 
     assert code.count("#pragma omp for") == 1 + others
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, functools.partial(torch.autocast, "cpu")])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_what_a_mode_compiled_serves_without_it(mode, fresh):
     logits, target, _ = problem(10, 100, {})
     with mode():

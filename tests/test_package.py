@@ -22,6 +22,7 @@ from sre_triton import linear, loss, modules, schedule
 ROOT = Path(__file__).parents[1]
 # Each file imports only from those before it.
 ORDER = [
+    "messages",
     "reference",
     "eager",
     "ops",
@@ -37,7 +38,6 @@ ORDER = [
     "plan",
     "launch",
     "backend",
-    "messages",
     "shard",
     "checks",
     "layer",
