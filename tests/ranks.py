@@ -28,7 +28,8 @@ def _join(rank, num_ranks, folder, kind, timeout=TIMEOUT):
     """Makes this process a rank in the tests' surroundings (conftest.py), with a GPU of its own if the kind is nccl."""
     for category in (DeprecationWarning, FutureWarning, UserWarning):
         warnings.simplefilter("error", category)
-    warnings.filterwarnings("ignore", ".*Function.* should not be instantiated")  # by Dynamo, in torch 2.11
+    for text in ("Function.* should not be instantiated", "torch.jit.script.* is deprecated", "Conversion of an array"):
+        warnings.filterwarnings("ignore", f".*{text}")  # by torch 2.11 and Triton 3.6 themselves
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     checks._warned.update(checks.ONCE)
