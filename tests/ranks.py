@@ -28,8 +28,10 @@ def _join(rank, num_ranks, folder, kind, timeout=TIMEOUT):
     """Makes this process a rank in the tests' surroundings (conftest.py), with a GPU of its own if the kind is nccl."""
     for category in (DeprecationWarning, FutureWarning, UserWarning):
         warnings.simplefilter("error", category)
-    for text in ("Function.* should not be instantiated", "torch.jit.script.* is deprecated", "Conversion of an array"):
-        warnings.filterwarnings("ignore", f".*{text}")  # by torch 2.11 and Triton 3.6 themselves
+    # What torch 2.11 and Triton 3.6 run into themselves.
+    themselves = "should not be instantiated", "torch.jit.script.* is deprecated", "Conversion of an array", "Profiler"
+    for text in themselves:
+        warnings.filterwarnings("ignore", f".*{text}")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     checks._warned.update(checks.ONCE)
