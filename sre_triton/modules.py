@@ -95,7 +95,7 @@ class _Loss(torch.nn.Module):
         if isinstance(value, Tensor):
             self._local_reg_weight().copy_(value.detach())
             if self.reg_weight.is_meta and not value.is_meta:
-                self._last_value = value.item()
+                self._last_value = value.item()  # once, as no memory keeps it
             return
         self._local_reg_weight().fill_(value)
         self._last_value = float(value)  # which "meta" does not keep
