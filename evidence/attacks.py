@@ -1,0 +1,78 @@
+"""Attacks on a network, in the maximum norm: images at most epsilon away from the given ones, in every pixel.
+
+AutoAttack is the judge: a loss that only flattens gradients looks good under the others. Its four attacks are those of
+pyautoattack, with their standard numbers. Projected gradient descent is written here, because adversarial training
+needs it at every step; torchattacks has it too, but pins an old version of each of its requirements.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from data import Data
+from pyautoattack import AutoAttack
+from torch import Tensor, nn
+
+SEED = 0
+ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")  # of AutoAttack, in its own order
+
+
+def is_right(model: nn.Module, data: Data) -> Tensor:
+    """Whether each image gets its label, (N,)."""
+    with torch.no_grad():
+        return torch.cat([model(part) for part in data.images.split(1000)]).argmax(1) == data.labels
+
+
+def input_gradient(model: nn.Module, data: Data) -> Tensor:
+    """The gradient of cross entropy in the images, as large as they are."""
+    images = data.images.clone().requires_grad_()
+    return torch.autograd.grad(F.cross_entropy(model(images), data.labels, reduction="sum"), images)[0]
+
+
+def fgsm(model: nn.Module, data: Data, epsilon: float) -> Tensor:
+    """One step, as far as allowed. "Explaining and Harnessing Adversarial Examples", arXiv:1412.6572."""
+    return (data.images + epsilon * input_gradient(model, data).sign()).clamp(0, 1)
+
+
+def pgd(model: nn.Module, data: Data, epsilon: float, steps: int, generator: torch.Generator | None = None) -> Tensor:
+    """Steps along the sign of the gradient from a random start; together they reach 2.5 epsilon. arXiv:1706.06083."""
+    low, high = (data.images - epsilon).clamp_min(0), (data.images + epsilon).clamp_max(1)
+    images = low + (high - low) * torch.rand(low.shape, generator=generator)
+    for _ in range(steps):
+        gradient = input_gradient(model, Data(images, data.labels))
+        images = (images + 2.5 * epsilon / steps * gradient.sign()).clamp(low, high)
+    return images
+
+
+def withstands_pgd(model: nn.Module, data: Data, epsilon: float, steps: int, restarts: int = 1) -> Tensor:
+    """Whether each image (N,) keeps its label under every restart; the random starts are the same at every call."""
+    generator = torch.Generator().manual_seed(SEED)
+    right = is_right(model, data)
+    for _ in range(restarts):
+        rows = right.nonzero().squeeze(1)
+        attacked = Data(data.images[rows], data.labels[rows])
+        right[rows] = is_right(model, attacked._replace(images=pgd(model, attacked, epsilon, steps, generator)))
+    return right
+
+
+def autoattack(
+    model: nn.Module, data: Data, epsilon: float, names: Sequence[str] = ATTACKS
+) -> Iterator[tuple[str, Tensor]]:
+    """Name of an attack, and whether each image (N,) has kept its label under it and all before it.
+
+    "Reliable Evaluation of Adversarial Robustness with an
+    Ensemble of Diverse Parameter-free Attacks", arXiv:2003.01690.
+    """
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)
+    attack = AutoAttack(model, eps=epsilon, seed=SEED, version="standard")
+    attack.verbose = False
+    right = is_right(model, data)
+    for name in names:
+        rows = right.nonzero().squeeze(1)
+        if len(rows):
+            attack.attacks_to_run = [name]
+            attacked = Data(data.images[rows], data.labels[rows])
+            images, _ = attack.run_standard_evaluation(*attacked, batch_size=len(rows))
+            right[rows] = is_right(model, attacked._replace(images=images))
+        yield name, right.clone()

@@ -1,0 +1,131 @@
+"""The losses that are compared: formulas, and the strengths that a search draws from.
+
+Each has one strength; the self-regularized entropy has c and a ramp beside it. All are means over the rows of logits
+(N, K), with labels (N,), p = softmax(z), g the label and q_j = p_j / (1 - p_g) for the wrong classes j.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sre_triton import self_regularized_entropy
+
+OURS = "self-regularized entropy"
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Setting(NamedTuple):
+    """A loss with its numbers, and the weight decay of the optimizer; nan where a loss has no such number."""
+
+    loss: str
+    strength: float
+    c: float
+    ramp: bool  # the strength grows from 0 in the first half of the training
+    weight_decay: float
+
+
+class Space(NamedTuple):
+    """What a search draws the strength from, between two limits, uniformly in its logarithm."""
+
+    symbol: str
+    low: float
+    high: float
+
+
+WEIGHT_DECAY = (1e-3, 4.0)
+C = (1e-7, 1e-1)
+
+
+def wrong_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Entropy of the wrong classes among themselves, -Σ q_j log q_j, (N,)."""
+    wrong = torch.ones_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], False)
+    log_q = logits[wrong].view(len(logits), -1).log_softmax(1)
+    return -(log_q.exp() * log_q).sum(1)
+
+
+def focal(logits: Tensor, labels: Tensor, strength: float) -> Tensor:
+    """-(1 - p_g)^γ log p_g. "Focal Loss for Dense Object Detection", arXiv:1708.02002, equation 4, over a softmax."""
+    log_p = -F.cross_entropy(logits, labels, reduction="none")
+    return -((-torch.expm1(log_p)).clamp_min(1e-12) ** strength * log_p).mean()  # 0^γ has no gradient for γ < 1
+
+
+def confidence_penalty(logits: Tensor, labels: Tensor, strength: float) -> Tensor:
+    """H - β entropy(p). "Regularizing Neural Networks by Penalizing Confident Outputs", arXiv:1701.06548."""
+    log_p = logits.log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    return F.nll_loss(log_p, labels) - strength * entropy.mean()
+
+
+def complement(logits: Tensor, labels: Tensor, strength: float) -> Tensor:
+    """H + γ / (K - 1) Σ q_j log q_j.
+
+    The complement cross entropy of arXiv:2009.01189, which takes in one step what "Complement Objective Training",
+    arXiv:1903.01182, takes in two.
+    """
+    scale = strength / (logits.shape[1] - 1)
+    return F.cross_entropy(logits, labels) - scale * wrong_entropy(logits, labels).mean()
+
+
+def guided_complement(logits: Tensor, labels: Tensor, strength: float) -> Tensor:
+    """p_g^α Σ q_j log q_j / log(K - 1), alone. "Guided Complement Entropy", arXiv:1903.09799."""
+    p_g = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
+    return -(p_g**strength * wrong_entropy(logits, labels)).mean() / math.log(logits.shape[1] - 1)
+
+
+SPACES = {
+    "cross entropy": Space("", math.nan, math.nan),
+    "label smoothing": Space("ε", 0.01, 0.9),
+    "focal loss": Space("γ", 0.1, 10),
+    "confidence penalty": Space("β", 0.03, 3),
+    "complement cross entropy": Space("γ", 0.1, 30),
+    "guided complement entropy": Space("α", 0.03, 1),
+    OURS: Space("λ", 0.03, 10),
+}
+RIVALS = {
+    "cross entropy": lambda logits, labels, _: F.cross_entropy(logits, labels),
+    "label smoothing": lambda logits, labels, strength: F.cross_entropy(logits, labels, label_smoothing=strength),
+    "focal loss": focal,
+    "confidence penalty": confidence_penalty,
+    "complement cross entropy": complement,
+    "guided complement entropy": guided_complement,
+}
+
+
+def loss_of(setting: Setting, progress: float) -> Loss:
+    """The loss at this share of the training, which a ramp depends on."""
+    strength = setting.strength * (min(1, 2 * progress) if setting.ramp else 1)
+    if setting.loss == OURS:  # uncompiled: so small a batch never pays back a compilation
+        return lambda z, labels: self_regularized_entropy(z, labels, reg_weight=strength, c=setting.c, backend="eager")
+    return lambda logits, labels: RIVALS[setting.loss](logits, labels, strength)
+
+
+def draw(loss: str, count: int) -> list[Setting]:
+    """Settings of a loss, spread evenly by a scrambled Sobol sequence over the logarithms of their numbers."""
+
+    def between(low: float, high: float, u: float) -> float:
+        return float(f"{low * (high / low) ** u:.3g}")
+
+    space, ours = SPACES[loss], loss == OURS
+    points = torch.quasirandom.SobolEngine(4, scramble=True, seed=0).draw(count).tolist()
+    return [
+        Setting(
+            loss,
+            math.nan if math.isnan(space.low) else between(space.low, space.high, u),
+            between(*C, v) if ours else math.nan,
+            ours and w >= 0.5,
+            between(*WEIGHT_DECAY, x),
+        )
+        for x, u, v, w in points
+    ]
+
+
+# What people take without a search. AdamW's own weight decay is 0.01.
+USUAL = [
+    Setting("cross entropy", math.nan, math.nan, False, 0.01),
+    Setting("label smoothing", 0.1, math.nan, False, 0.01),
+    Setting(OURS, 1.0, 1e-7, False, 0.01),
+]

