@@ -44,7 +44,7 @@ def assert_within_budget(row):
     assert row["spill_bytes"] == "0", row
     # Rows of K >= 100 begin at multiples of 16 bytes, or are read in a window that does.
     if int(row["K"]) >= 1000 and row["kernel"] != "scale_gradient":
-        assert float(row["vector_loads"]) >= 0.97, row
+        assert float(row["vector_loads"]) >= (0.97 if triton >= (3, 8) else 0.88), row
     if row["kernel"] == "row_loss_and_gradient" and int(row["K"]) >= 1000:
         more = 2 * (row["dtype"] == "float32") + 4 * (int(row["K"]) % 8 > 0) + 2 * (triton < (3, 8))
         instructions, special = {"resident": (31, 2.5), "cluster": (36, 2.5), "loop": (42, 5.5)}[row["path"]]

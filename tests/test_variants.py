@@ -29,6 +29,11 @@ def lines_of(*arguments):
     return [json.loads(line) for line in run(FOLDER / "variants.py", *arguments).splitlines()]
 
 
+def has_clusters(triton):
+    """Rows over several programs need what Triton 3.8 was the first to have."""
+    return tuple(map(int, triton.split(".")[:2])) >= (3, 8)
+
+
 def assert_can_be_launched(line):
     nvidia = line["gpu"].startswith("sm_")
     assert line["fusion"], line
@@ -38,7 +43,7 @@ def assert_can_be_launched(line):
         # What Triton 3.8 cannot compile for Blackwell, if it does not see it early enough. (3.6 and 3.7 take -y for
         # 0 - y, also of a product.)
         assert line["subtracted_products"] == 0 or not line["triton"].startswith("3.8"), line
-        assert line["spill"] == 0, line
+        assert line["spill"] <= (0 if has_clusters(line["triton"]) else 32), line  # bytes, on sm_100
         assert line["widest"] >= 16 or line["less"] != "0", line
 
 
@@ -62,13 +67,15 @@ def test_variants_compile():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_every_way_to_hold_rows_compiles_for_blackwell(dtype):
-    device = Device(warp_size=32, multiprocessors=148, clusters=True, shared_bytes=227 << 10)
+    lines = lines_of("sm_100", "--ways", dtype)
+    clusters = has_clusters(lines[0]["triton"])
+    device = Device(warp_size=32, multiprocessors=148, clusters=clusters, shared_bytes=227 << 10)
     ways = set()
     for K in range(1, 2**18 + 2):
         how = plan(20, K, 4 if dtype == "float32" else 2, holds_rows=True, aligned=True, plain=True, device=device)
         ways |= {(window, how.tiles, how.num_warps, how.num_ctas) for window in {False, how.rows == 1}}
     found = set()
-    for line in lines_of("sm_100", "--ways", dtype):
+    for line in lines:
         assert_can_be_launched(line)
         found.add((line["variant"]["WINDOW"], line["variant"]["TILES"], line["warps"], line["ctas"]))
     assert found == ways
@@ -188,11 +195,13 @@ from helpers import options_of
 from sre_triton import launch as triton_launch
 
 launches = compile_only("sm_90")
-for num_classes in (4096, 8192, 16384, 262144):
+for num_classes in (4096, 8192, 16384, *[262144] * (triton_launch.TRITON_VERSION >= (3, 8))):
     logits, target = torch.empty(999, num_classes, dtype=torch.bfloat16), torch.zeros(999, dtype=torch.long)
     triton_launch.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(999), *options_of())
     text = Code(launches[-1].compiled).text
     # Of 16 bytes each: four tiles before the loop over the rows, and four in it; what is loaded directly is not a tile.
     print(text.count("LDGSTS.E.BYPASS.128"), text.count("LDG.E.128"))
 """
-    assert run("-c", code).split() == ["0", "4", *["8", "0"] * 3]
+    first, second, *others = run("-c", code).split()
+    assert (first, second) == ("0", "4")
+    assert others in (["8", "0"] * 2, ["8", "0"] * 3)  # the widest row is held, in a cluster, from Triton 3.8 on
