@@ -42,9 +42,11 @@ def case(row):
 def assert_within_budget(row):
     triton = tuple(map(int, row["triton"].split(".")[:2]))
     assert row["spill_bytes"] == "0", row
-    # Rows of K >= 100 begin at multiples of 16 bytes, or are read in a window that does.
-    if int(row["K"]) >= 1000 and row["kernel"] != "scale_gradient":
-        assert float(row["vector_loads"]) >= (0.97 if triton >= (3, 8) else 0.88), row
+    # Rows of K >= 100 begin at multiples of 16 bytes, or are read in a window that does. (A loop over such rows reads
+    # their ends by the element, and only Triton before 3.8 needs one for them.)
+    loop = row["path"] == "loop" and triton < (3, 8)
+    if int(row["K"]) >= 1000 and row["kernel"] != "scale_gradient" and not loop:
+        assert float(row["vector_loads"]) >= 0.97, row
     if row["kernel"] == "row_loss_and_gradient" and int(row["K"]) >= 1000:
         more = 2 * (row["dtype"] == "float32") + 4 * (int(row["K"]) % 8 > 0) + 2 * (triton < (3, 8))
         instructions, special = {"resident": (31, 2.5), "cluster": (36, 2.5), "loop": (42, 5.5)}[row["path"]]
