@@ -35,13 +35,14 @@ TRANSFER_SEED = 1000  # of the network whose adversarial images are tried on all
 
 
 class Measure(NamedTuple):
-    """A number, its coordinates, and how many images it was taken from."""
+    """A number, its coordinates, how many images it was taken from, and, for some, which of them count."""
 
     measure: str
     value: float
     count: int
     epsilon: float = math.nan
     level: float = math.nan
+    kept: str = ""  # a digit for each image: 1 if it counts
 
 
 def share(measure: str, flags: Tensor, epsilon: float = math.nan, level: float = math.nan) -> Measure:
@@ -201,7 +202,9 @@ def autoattack(trained: Trained) -> Iterator[Measure]:
     few = trained.split.test.first(trained.attacked)
     for epsilon in EPSILONS[trained.run.data]:
         for name, right in attacks.autoattack(trained.model, few, epsilon):
-            yield share(f"after_{name}", right, epsilon)
+            measure = share(f"after_{name}", right, epsilon)
+            last = name == attacks.ATTACKS[-1]  # which images are left is what two losses are compared by
+            yield measure._replace(kept="".join(map(str, right.int().tolist()))) if last else measure
 
 
 GROUPS = {group.__name__: group for group in (validation, clean, test, autoattack)}

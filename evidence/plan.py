@@ -39,6 +39,10 @@ QUICK = Size({"fashion-mnist": (10000, 3), "mnist": (3000, 10)}, ADVERSARIAL_LOS
 BATCH, LEARNING_RATE = 128, 2e-3
 
 
+class SearchMissingError(Exception):
+    """What a stage tries is chosen by a search that has not been done."""
+
+
 class Task(NamedTuple):
     """A run, the groups of measures to take, and the file they go to."""
 
@@ -70,6 +74,8 @@ def chosen(folder: Path, size: Size, data: str) -> dict[tuple[str, float], Setti
     its settings is represented by the most accurate one.
     """
     table = trials(folder, data)
+    if table.groupby("loss").size().reindex(size.losses).fillna(0).min() < size.trials:
+        raise SearchMissingError(f"python evidence/run.py --stages search --sets {data}: comes first")
     best = table[table.loss == "cross entropy"].clean.max()
     choice = {}
     for loss in size.losses:

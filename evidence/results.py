@@ -79,7 +79,7 @@ def repair(path: Path) -> None:
 
 def read(folder: Path, stage: str = "*") -> pd.DataFrame:
     """The lines of one stage, or of all: numbers as numbers, nan where there is none."""
-    texts = {"commit": str, "weights": str}
+    texts = {"commit": str, "weights": str, "kept": str}
     tables = [pd.read_csv(path, dtype=texts) for path in sorted(folder.glob(f"{stage}.csv"))]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
 
