@@ -72,8 +72,9 @@ def complement(logits: Tensor, labels: Tensor, strength: float) -> Tensor:
 
 def guided_complement(logits: Tensor, labels: Tensor, strength: float) -> Tensor:
     """p_g^α Σ q_j log q_j / log(K - 1), alone. "Guided Complement Entropy", arXiv:1903.09799."""
-    p_g = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
-    return -(p_g**strength * wrong_entropy(logits, labels)).mean() / math.log(logits.shape[1] - 1)
+    log_p = -F.cross_entropy(logits, labels, reduction="none")
+    guide = (strength * log_p).exp()  # p_g^α, whose gradient is finite at p_g = 0
+    return -(guide * wrong_entropy(logits, labels)).mean() / math.log(logits.shape[1] - 1)
 
 
 SPACES = {

@@ -64,7 +64,7 @@ def trials(folder: Path, data: str) -> pd.DataFrame:
     table = table[table.data == data]
     setting = list(Setting._fields)
     means = table.groupby([*setting, "measure"], dropna=False, sort=False).value.mean().unstack("measure")
-    return means.reset_index()[[*setting, "clean", "pgd"]]
+    return means.reset_index().reindex(columns=[*setting, "clean", "pgd"])
 
 
 def chosen(folder: Path, size: Size, data: str) -> dict[tuple[str, float], Setting]:

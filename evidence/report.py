@@ -255,7 +255,7 @@ def progress(folder: Path, size: Size) -> str:
     finished = results.finished(folder)
     rows = []
     for stage in plan.STAGES:
-        for data in EPSILONS:
+        for data in size.recipes:
             try:
                 tasks = plan.tasks(size, stage, data, folder)
             except plan.SearchMissingError:
@@ -345,7 +345,7 @@ def tables(folder: Path, size: Size) -> dict[str, str]:
     """All tables for which there are lines, by name and data set."""
     found = {"progress": progress(folder, size)}
     for name, (stage, make) in TABLES.items():
-        for data in EPSILONS:
+        for data in size.recipes:
             lines = results.read(folder, stage)
             lines = lines[lines.data == data]
             if len(lines):
@@ -358,7 +358,7 @@ def figures(folder: Path, size: Size) -> list[Path]:
     plt.switch_backend("Agg")
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     drawn = []
-    for data in EPSILONS:
+    for data in size.recipes:
         lines = results.read(folder, "fronts")
         lines = lines[lines.data == data]
         if len(plan.trials(folder, data)):

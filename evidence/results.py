@@ -81,7 +81,10 @@ def read(folder: Path, stage: str = "*") -> pd.DataFrame:
     """The lines of one stage, or of all: numbers as numbers, nan where there is none."""
     texts = {"commit": str, "weights": str, "kept": str}
     tables = [pd.read_csv(path, dtype=texts) for path in sorted(folder.glob(f"{stage}.csv"))]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
+    if not tables:
+        return pd.DataFrame(columns=COLUMNS)
+    what = [*Run._fields, "group", "measure", "epsilon", "level"]  # once, if two programs measured it side by side
+    return pd.concat(tables, ignore_index=True).drop_duplicates(what, ignore_index=True)
 
 
 def finished(folder: Path) -> set[tuple[str, ...]]:

@@ -13,6 +13,7 @@ import argparse
 import functools
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -46,6 +47,7 @@ def work(task: Task, size: Size, folder: Path | None) -> tuple[Task, str, dict[s
 def start_worker() -> None:
     """One thread in each process: two on one network gain less than two networks at once. And others come first."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process hears it too, and ends this one
     if hasattr(os, "nice"):
         os.nice(10)
 
@@ -103,6 +105,7 @@ def main() -> None:
         args.sets = (["fashion-mnist"] if found else ["mnist"]) if args.quick else list(measures.EPSILONS)
     stages = args.stages or (["search", "fronts"] if args.quick else list(plan.STAGES))
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and not without ending the workers
     for path in args.out.glob("*.csv"):
         results.repair(path)
     for stage in stages:
@@ -112,4 +115,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from here")

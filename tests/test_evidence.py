@@ -1,0 +1,355 @@
+"""The losses, attacks and figures that evidence/ answers with, and what is committed there."""
+
+import csv
+import gzip
+import itertools
+import math
+import struct
+import sys
+from pathlib import Path
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("pyautoattack")
+
+EVIDENCE = Path(__file__).parents[1] / "evidence"
+sys.path.insert(0, str(EVIDENCE))
+try:
+    import attacks
+    import data
+    import losses
+    import measures
+    import plan
+    import report
+    import results
+    import run
+    import training
+    from data import Data
+    from losses import OURS, Setting
+    from measures import Measure
+finally:
+    sys.path.remove(str(EVIDENCE))
+
+nan = math.nan
+SMALL = plan.Size({"mnist": (256, 1)}, ("cross entropy", "label smoothing", OURS), 2, (1, 2), (0.0, 0.5), 20)
+
+
+def setting(loss, strength=nan, c=nan, ramp=False, weight_decay=0.01):
+    return Setting(loss, strength, c, ramp, weight_decay)
+
+
+def by_hand(loss, z, g, strength):
+    """The formula of a row, at 50 digits."""
+    K = len(z)
+    total = mpmath.fsum(map(mpmath.exp, z))
+    p = [mpmath.exp(z_j) / total for z_j in z]
+    q = [p[j] / (1 - p[g]) for j in range(K) if j != g]
+    among_wrong = -mpmath.fsum(q_j * mpmath.log(q_j) for q_j in q)
+    wrong = [p[j] for j in range(K) if j != g]
+    h = -mpmath.log(p[g])
+    coin = [p_j / (p_j + mpmath.mpf("1e-3")) for p_j in wrong]
+    return {
+        "cross entropy": h,
+        "label smoothing": (1 - strength) * h - strength * mpmath.fsum(map(mpmath.log, p)) / K,
+        "focal loss": (1 - p[g]) ** strength * h,
+        "confidence penalty": h + strength * mpmath.fsum(p_j * mpmath.log(p_j) for p_j in p),
+        "complement cross entropy": h - strength / (K - 1) * among_wrong,
+        "guided complement entropy": -(p[g] ** strength) * among_wrong / mpmath.log(K - 1),
+        OURS: h + strength * mpmath.fsum(s * mpmath.log(s) + (1 - s) * mpmath.log(1 - s) for s in coin),
+    }[loss]
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.9])
+@pytest.mark.parametrize("loss", losses.SPACES)
+def test_losses_are_their_formulas(loss, strength):
+    mpmath.mp.dps = 50
+    z = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    made = losses.loss_of(setting(loss, strength, 1e-3), 1.0)(z, labels).item()
+    expected = sum(
+        by_hand(loss, list(map(mpmath.mpf, row)), g, strength)
+        for row, g in zip(z.tolist(), labels.tolist(), strict=True)
+    )
+    assert made == pytest.approx(float(expected / 6), rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", losses.SPACES)
+def test_losses_have_finite_gradients_where_a_row_is_certain(loss):
+    z = torch.tensor([[200.0, 0, 0], [0, 200.0, 0], [0.0, 0, 0]], requires_grad=True)
+    losses.loss_of(setting(loss, 0.3, 1e-3), 1.0)(z, torch.tensor([0, 0, 1])).backward()
+    assert z.grad.isfinite().all()
+
+
+def test_a_ramp_grows_through_half_of_the_training():
+    z, labels = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    whole, ramp = setting(OURS, 2.0, 1e-3), setting(OURS, 2.0, 1e-3, ramp=True)
+    for progress, share in ((0, 0), (0.25, 0.5), (0.5, 1), (0.9, 1)):
+        expected = losses.loss_of(whole._replace(strength=2.0 * share), progress)(z, labels)
+        assert losses.loss_of(ramp, progress)(z, labels).item() == expected.item()
+
+
+def test_draws_cover_their_limits_evenly():
+    for loss, space in losses.SPACES.items():
+        drawn = losses.draw(loss, 24)
+        assert drawn == losses.draw(loss, 24) or math.isnan(space.low)
+        for column, (low, high) in (("strength", space[1:]), ("weight_decay", losses.WEIGHT_DECAY), ("c", losses.C)):
+            values = np.log([getattr(one, column) for one in drawn])
+            if np.isnan(values).any():
+                assert np.isnan(values).all()
+                continue
+            places = (values - np.log(low)) / np.log(high / low)
+            assert set((places * 4).astype(int)) == {0, 1, 2, 3}
+            assert places.min() >= -0.01
+            assert places.max() <= 1.01
+        assert {one.ramp for one in drawn} == ({False, True} if loss == OURS else {False})
+        assert len({one.weight_decay for one in drawn}) == 24
+
+
+def test_an_idx_file_is_read(tmp_path):
+    content = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    path = tmp_path / "x.gz"
+    path.write_bytes(gzip.compress(bytes([0, 0, 8, 3]) + struct.pack(">iii", 2, 3, 4) + content.tobytes()))
+    assert data.read_idx(path).tolist() == content.tolist()
+
+
+def test_a_folder_without_the_files_is_an_error_that_names_them(tmp_path):
+    with pytest.raises(SystemExit, match=r"lacks files.*train-images-idx3-ubyte\.gz.*"):
+        data.find_fashion(tmp_path)
+
+
+def test_mnist_is_split_evenly_into_sets_without_a_common_image():
+    sets = data.load("mnist")
+    assert [len(part.labels) for part in sets] == [3000, 1000, 1000]
+    for part in sets:
+        assert torch.bincount(part.labels).unique().tolist() == [len(part.labels) // 10]
+        assert (part.images.min(), part.images.max()) == (0, 1)
+    images = torch.cat([part.images for part in sets]).flatten(1)
+    assert len(images.unique(dim=0)) == 5000
+
+
+def test_wrong_labels_are_other_labels():
+    labels = torch.arange(10).repeat(2000)
+    wrong = data.with_wrong_labels(labels, 0.4, seed=3)
+    assert (wrong != labels).double().mean().item() == pytest.approx(0.4, abs=0.02)
+    counts = torch.bincount((wrong - labels) % 10, minlength=10)[1:]
+    assert (counts - counts.double().mean()).abs().max() < 5 * counts.double().mean().sqrt()
+    assert data.with_wrong_labels(labels, 0.4, seed=3).equal(wrong)
+
+
+@pytest.mark.parametrize("name", data.CORRUPTIONS)
+def test_corruptions_are_the_same_at_every_call_and_leave_images(name):
+    images = data.load("mnist").test.images[:20]
+    corrupted = data.CORRUPTIONS[name](images)
+    assert corrupted.equal(data.CORRUPTIONS[name](images))
+    assert corrupted.shape == images.shape
+    assert corrupted.min() >= 0
+    assert corrupted.max() <= 1
+    assert 0.01 < (corrupted - images).abs().mean() < 0.3
+
+
+@pytest.fixture
+def linear():
+    """Two classes told apart by a line: the worst image within epsilon is known."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 2, bias=False))
+    generator = torch.Generator().manual_seed(0)
+    model[1].weight.data = torch.randn(2, 784, generator=generator) / 50  # else cross entropy has no gradient left
+    images = 0.3 + 0.4 * torch.rand(60, 1, 28, 28, generator=generator)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    return model.requires_grad_(False), Data(images, labels)
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "pgd"])
+def test_attacks_find_the_worst_image_of_a_line(attack, linear):
+    model, given = linear
+    normal = model[1].weight[0] - model[1].weight[1]
+    margin = (given.images.flatten(1) @ normal).abs()
+    epsilon = (margin / normal.abs().sum()).median().item()
+    if attack == "fgsm":
+        images = attacks.fgsm(model, given, epsilon)
+        kept = attacks.is_right(model, given._replace(images=images))
+    else:
+        images = attacks.pgd(model, given, epsilon, 20, torch.Generator().manual_seed(0))
+        kept = attacks.withstands_pgd(model, given, epsilon, 20, restarts=2)
+    assert (images - given.images).abs().max() <= epsilon * (1 + 1e-5)
+    worst = margin - epsilon * normal.abs().sum()
+    assert kept[worst.abs() > 1e-3].equal((worst > 0)[worst.abs() > 1e-3])
+
+
+def test_autoattack_is_no_weaker_than_pgd(linear):
+    model, given = linear
+    model[1].weight.data = torch.randn(10, 784, generator=torch.Generator().manual_seed(1)) / 50
+    given = given._replace(labels=model(given.images).argmax(1)).first(10)
+    epsilon = 0.004
+    names, left = zip(*attacks.autoattack(model, given, epsilon), strict=True)
+    assert names == attacks.ATTACKS
+    for before, after in itertools.pairwise(left):
+        assert (after <= before).all()
+    assert (left[-1] <= attacks.withstands_pgd(model, given, epsilon, 20)).all()
+    assert any(attacks.withstands_pgd(model, given, epsilon / 100, 5))
+
+
+def test_a_temperature_undoes_a_scale():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20000, 5, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+    assert measures.temperature_of(3 * logits, labels) == pytest.approx(3, rel=0.03)
+    (_, nll, *_), (_, ece, *_) = measures.calibration(3 * logits, labels, 3, "_scaled")
+    assert nll == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert ece < 0.02 < next(m.value for m in measures.calibration(3 * logits, labels, 1, "") if m.measure == "ece")
+
+
+def test_reliability_and_wrong_probabilities_are_those_of_a_known_table():
+    logits = torch.tensor([[0.7, 0.2, 0.1]] * 10, dtype=torch.float64).log()
+    labels = torch.tensor([0] * 7 + [1] * 2 + [2])
+    accuracy, confidence = measures.reliability(logits, labels)
+    assert (accuracy.value, confidence.value, accuracy.count) == pytest.approx((0.7, 0.7, 10))
+    quantiles = {m.level: m.value for m in measures.wrong_probabilities(logits, labels)}
+    assert quantiles[0] == pytest.approx(-1)
+    assert quantiles[1.0] == pytest.approx(math.log10(0.7))
+    assert quantiles[0.5] == pytest.approx(math.log10(0.2))
+
+
+def test_known_and_unknown_are_told_apart():
+    sure, unsure = torch.tensor([[9.0, 0, 0]] * 5), torch.tensor([[1.0, 0.5, 0]] * 5)
+    assert [m.value for m in measures.out_of_distribution(sure, unsure)] == [1.0, 1.0]
+    assert [m.value for m in measures.out_of_distribution(unsure, sure)] == [0.0, 0.0]
+    assert [m.value for m in measures.out_of_distribution(sure, sure)] == [0.5, 0.5]
+
+
+def test_the_hull_of_a_front():
+    clean, robust = np.array([0.9, 0.8, 0.85]), np.array([0.2, 0.6, 0.1])
+    found = [report.envelope(clean, robust, level).item() for level in (0.95, 0.9, 0.85, 0.8, 0.7)]
+    assert found == pytest.approx([nan, 0.2, 0.4, 0.6, 0.6], nan_ok=True)
+
+
+def lines(run_, measures_, group="test", stage="fronts", folder=None):
+    results.append(
+        folder / f"{stage}.csv", run_, group, [*measures_, Measure("seconds", 1.0, 1)], "0" * 8, ("", "", "", "")
+    )
+
+
+def test_differences_are_paired_by_seed_and_by_image(tmp_path):
+    generator = np.random.default_rng(0)
+    gain = 0.05
+    for seed in range(1, 6):
+        for loss, more in ((setting("cross entropy"), 0), (setting(OURS, 1.0, 1e-3), gain)):
+            of_loss = plan.run_of(plan.FULL, "mnist", loss, seed)
+            lost = generator.integers(0, 5)
+            kept = "1" * (250 + int(500 * more) - lost) + "0" * (250 - int(500 * more) + lost)
+            attacked = [Measure("after_square", 0.5, 500, 0.1, nan, kept)]
+            lines(of_loss, [Measure("clean", 0.9, 1000)], folder=tmp_path)
+            lines(of_loss, attacked, "autoattack", folder=tmp_path)
+    table = results.read(tmp_path, "fronts")
+    fronts = [report.Front(table, loss, 0.1) for loss in (OURS, "cross entropy")]
+    mean, half = report.difference(*fronts, 0.9)
+    assert mean == pytest.approx(gain, abs=0.01)
+    # 25 of 500 images differ; Student's factor of five seeds is 2.776.
+    of_images = 2.776 * math.sqrt(gain * (1 - gain) / 500)
+    assert 0.9 * of_images < half < of_images + 0.02
+    assert math.isnan(report.difference(*fronts, 0.95)[0])
+
+
+def test_files_survive_a_kill_in_the_middle_of_a_line(tmp_path):
+    path = tmp_path / "fronts.csv"
+    first, second = (plan.run_of(plan.FULL, "mnist", setting(OURS, 0.3, 1e-3), seed) for seed in (1, 2))
+    lines(first, [Measure("clean", 0.9, 1000)], folder=tmp_path)
+    whole = path.read_text()
+    lines(second, [Measure("clean", 0.91, 1000)], folder=tmp_path)
+    for cut in range(len(whole), len(path.read_text())):
+        path.write_text(path.read_text()[:cut])
+        results.repair(path)
+        assert path.read_text() == whole
+        assert results.finished(tmp_path) == {results.key_of(first, "test")}
+        lines(second, [Measure("clean", 0.91, 1000)], folder=tmp_path)
+    assert results.finished(tmp_path) == {results.key_of(one, "test") for one in (first, second)}
+    tasks = [plan.Task(one, ("test", "autoattack"), "fronts") for one in (first, second._replace(seed=3))]
+    assert [task.groups for task in run.missing(tasks, tmp_path)] == [("autoattack",), ("test", "autoattack")]
+
+
+def test_a_setting_is_chosen_for_its_robustness_at_the_accuracy_that_may_be_given_up(tmp_path):
+    size = SMALL._replace(losses=("cross entropy", OURS), given_up=(0.01, 0.1))
+    found = {"cross entropy": [(0.90, 0.3), (0.85, 0.5)], OURS: [(0.88, 0.4), (0.84, 0.6)]}
+    with pytest.raises(plan.SearchMissingError, match="--stages search"):
+        plan.chosen(tmp_path, size, "mnist")
+    for loss, trials in found.items():
+        for drawn, (clean, pgd) in zip(losses.draw(loss, 2), trials, strict=True):
+            of_trial = plan.run_of(size, "mnist", drawn, plan.SEARCH_SEED)
+            both = [Measure("pgd", pgd - 0.1, 100, 0.1), Measure("pgd", pgd + 0.1, 100, 0.2)]
+            lines(of_trial, [Measure("clean", clean, 100), *both], "validation", "search", tmp_path)
+    choice = plan.chosen(tmp_path, size, "mnist")
+    of = {loss: [drawn.weight_decay for drawn in losses.draw(loss, 2)] for loss in found}
+    assert {key: chosen.weight_decay for key, chosen in choice.items()} == {
+        ("cross entropy", 0.01): of["cross entropy"][0],
+        ("cross entropy", 0.1): of["cross entropy"][1],
+        (OURS, 0.01): of[OURS][0],  # reached by none, so the most accurate one
+        (OURS, 0.1): of[OURS][1],
+    }
+
+
+def test_the_same_run_gives_the_same_weights_and_another_seed_others():
+    few = data.load("mnist").train
+    first = plan.run_of(SMALL, "mnist", setting(OURS, 0.3, 1e-2), 1)
+    sums = [training.checksum(training.train(one, few)) for one in (first, first, first._replace(seed=2))]
+    assert sums[0] == sums[1] != sums[2]
+
+
+@pytest.mark.parametrize("changes", [{"model": "residual"}, {"training": "pgd", "train_epsilon": 0.1}], ids=str)
+def test_other_trainings_learn_too(changes):
+    sets = data.load("mnist")
+    of_change = plan.run_of(SMALL, "mnist", setting(OURS, 0.1, 1e-2), 1, **changes)._replace(images=1024, epochs=8)
+    model = training.train(of_change, sets.train)
+    assert not model.training
+    assert attacks.is_right(model, sets.test).double().mean() > 0.25
+
+
+def test_the_whole_way_from_a_search_to_a_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "QUICK", SMALL)
+    monkeypatch.setattr(measures, "FEW", 10)
+    monkeypatch.setattr(attacks, "ATTACKS", ("apgd-ce", "square"))
+    monkeypatch.setattr(data, "find_fashion", lambda folder: None)
+    for stage in ("search", "fronts"):
+        for task in run.missing(plan.tasks(SMALL, stage, "mnist", tmp_path), tmp_path):
+            if stage == "fronts":
+                task = task._replace(groups=("test",))
+            done, weights, groups = run.work(task, SMALL, None)
+            for group, found in groups.items():
+                if group == "test":  # AutoAttack takes a minute
+                    kept = "01" * 10
+                    results.append(
+                        tmp_path / "fronts.csv",
+                        done.run,
+                        "autoattack",
+                        [
+                            *(Measure("after_square", 0.5, 20, eps, nan, kept) for eps in (0.1, 0.2)),
+                            Measure("seconds", 1.0, 1),
+                        ],
+                        weights,
+                        ("", "", "", ""),
+                    )
+                results.append(tmp_path / f"{done.stage}.csv", done.run, group, found, weights, ("", "", "", ""))
+        assert run.missing(plan.tasks(SMALL, stage, "mnist", tmp_path), tmp_path) == []
+    table = results.read(tmp_path, "fronts")
+    assert set(measures.GROUPS) >= set(table.group)
+    assert table[table.measure.isin(["clean", "pgd", "transfer", "ece"])].value.between(0, 1).all()
+    report.main(tmp_path)
+    out = capsys.readouterr().out
+    assert f"{OURS} | λ = 1, c = 1e-07, decay 0.01" in out
+    assert "no difference" in out
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {f"{name}_mnist.png" for name in ("search", "frontier", "probabilities")}
+
+
+def test_what_is_committed_is_what_the_files_give():
+    folder = results.RESULTS
+    page = report.PAGE.read_text()
+    assert report.fill(page, report.tables(folder, plan.FULL)) == page
+    for path in folder.glob("*.csv"):
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            assert tuple(reader.fieldnames) == results.COLUMNS
+            assert list(reader)[-1]["measure"] == results.LAST
