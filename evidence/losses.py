@@ -24,6 +24,7 @@ class Setting(NamedTuple):
     loss: str
     strength: float
     c: float
+    class_mean: bool  # the regularizer is a mean over the wrong classes
     ramp: bool  # the strength grows from 0 in the first half of the training
     weight_decay: float
 
@@ -117,6 +118,7 @@ def draw(loss: str, count: int) -> list[Setting]:
             loss,
             math.nan if math.isnan(space.low) else between(space.low, space.high, u),
             between(*C, v) if ours else math.nan,
+            False,
             ours and w >= 0.5,
             between(*WEIGHT_DECAY, x),
         )
@@ -126,7 +128,7 @@ def draw(loss: str, count: int) -> list[Setting]:
 
 # What people take without a search. AdamW's own weight decay is 0.01.
 USUAL = [
-    Setting("cross entropy", math.nan, math.nan, False, 0.01),
-    Setting("label smoothing", 0.1, math.nan, False, 0.01),
-    Setting(OURS, 1.0, 1e-7, False, 0.01),
+    Setting("cross entropy", math.nan, math.nan, False, False, 0.01),
+    Setting("label smoothing", 0.1, math.nan, False, False, 0.01),
+    Setting(OURS, 1.0, 1e-7, False, False, 0.01),
 ]

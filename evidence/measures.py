@@ -24,7 +24,6 @@ from training import Run, logits_of, train
 
 EPSILONS = {"fashion-mnist": (0.02, 0.05), "mnist": (0.1, 0.2)}
 OTHER = {"fashion-mnist": "mnist", "mnist": "fashion-mnist"}  # out of distribution
-VALIDATION_ATTACKED = 2000  # images; a standard error of one percent
 PGD_STEPS, PGD_RESTARTS = 40, 3
 STEP_COUNTS = (1, 2, 5, 10, 20, 50, 100)
 LARGE_EPSILON = 0.5  # half of black to white: every image can become grey, so no network can know it
@@ -152,13 +151,14 @@ class Trained(NamedTuple):
     split: Split
     folder: Path | None
     attacked: int  # images of the test set that are attacked
+    validated: int  # of the validation set
 
 
 def validation(trained: Trained) -> Iterator[Measure]:
     """What a setting is chosen by."""
-    model, run, split, _, _ = trained
+    model, run, split = trained[:3]
     yield share("clean", attacks.is_right(model, split.validation))
-    few = split.validation.first(VALIDATION_ATTACKED)
+    few = split.validation.first(trained.validated)
     for epsilon in EPSILONS[run.data]:
         yield share("pgd", attacks.withstands_pgd(model, few, epsilon, 20), epsilon)
 
@@ -170,7 +170,7 @@ def clean(trained: Trained) -> Iterator[Measure]:
 
 def test(trained: Trained) -> Iterator[Measure]:
     """Everything about the test set but AutoAttack."""
-    model, run, split, folder, attacked = trained
+    model, run, split, folder, attacked, _ = trained
     logits, labels = logits_of(model, split.test.images), split.test.labels
     validation_logits = logits_of(model, split.validation.images)
     temperature = temperature_of(validation_logits, split.validation.labels)

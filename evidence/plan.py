@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import language
 import pandas as pd
 import results
 from losses import OURS, SPACES, USUAL, Setting, draw
@@ -21,21 +22,25 @@ ADVERSARIAL_LOSSES = ("cross entropy", "label smoothing", OURS)
 # Microseconds of one core that an image takes, in training and under attack: AMD EPYC with AVX-512, torch 2.14.1.
 TRAINING_US = {"small": 75, "residual": 340}
 ATTACK_US = {"small": 85, "residual": 230}
+LANGUAGE_SECONDS = 240.0
 
 
 class Size(NamedTuple):
     """How much of everything."""
 
-    recipes: dict[str, tuple[int, int]]  # images and epochs, by data
+    recipes: dict[str, tuple[int, int]]  # examples and epochs, by data
     losses: tuple[str, ...]
     trials: int  # for each loss
     seeds: tuple[int, ...]
     given_up: tuple[float, ...]
     attacked: int  # images of the test set
+    validated: int  # images of the validation set that are attacked
 
 
-FULL = Size({"fashion-mnist": (50000, 8), "mnist": (3000, 40)}, tuple(SPACES), 24, (1, 2, 3, 4, 5), GIVEN_UP, 500)
-QUICK = Size({"fashion-mnist": (10000, 3), "mnist": (3000, 10)}, ADVERSARIAL_LOSSES, 6, (1, 2), GIVEN_UP[MIDDLE:2], 50)
+FULL = Size({"fashion-mnist": (50000, 8), "mnist": (3000, 40)}, tuple(SPACES), 24, (1, 2, 3, 4, 5), GIVEN_UP, 500, 2000)
+QUICK = Size(
+    {"fashion-mnist": (10000, 3), "mnist": (3000, 10)}, ADVERSARIAL_LOSSES, 4, (1, 2), (GIVEN_UP[MIDDLE],), 40, 500
+)
 BATCH, LEARNING_RATE = 128, 2e-3
 
 
@@ -53,8 +58,8 @@ class Task(NamedTuple):
 
 def run_of(size: Size, data: str, setting: Setting, seed: int, **changes: object) -> Run:
     """A run of the small network with standard training, but for the changes."""
-    images, epochs = size.recipes[data]
-    run = Run(data, "small", "standard", 0.0, *setting, seed, images, epochs, BATCH, LEARNING_RATE, math.nan)
+    examples, epochs = size.recipes[data]
+    run = Run(data, "small", "standard", 0.0, *setting, seed, examples, epochs, BATCH, LEARNING_RATE, math.nan)
     return run._replace(**changes)
 
 
@@ -83,7 +88,8 @@ def chosen(folder: Path, size: Size, data: str) -> dict[tuple[str, float], Setti
         for given_up in size.given_up:
             allowed = of_loss[of_loss.clean >= best - given_up]
             row = allowed.loc[allowed.pgd.idxmax()] if len(allowed) else of_loss.loc[of_loss.clean.idxmax()]
-            choice[loss, given_up] = Setting(*row[list(Setting._fields)])._replace(ramp=bool(row.ramp))
+            setting = Setting(*row[list(Setting._fields)])
+            choice[loss, given_up] = setting._replace(class_mean=bool(row.class_mean), ramp=bool(row.ramp))
     return choice
 
 
@@ -111,7 +117,7 @@ def wrong_labels(size: Size, data: str, choice: dict[tuple[str, float], Setting]
 
 def middle(size: Size, choice: dict[tuple[str, float], Setting]) -> list[Setting]:
     """The setting of each loss that gives up a middling accuracy."""
-    return [setting for (_, given_up), setting in choice.items() if given_up == size.given_up[MIDDLE]]
+    return [setting for (_, given_up), setting in choice.items() if given_up == GIVEN_UP[MIDDLE]]
 
 
 def residual(size: Size, data: str, choice: dict[tuple[str, float], Setting]) -> Iterator[Task]:
@@ -137,22 +143,37 @@ def confirm(size: Size, data: str, choice_of_other: dict[tuple[str, float], Sett
             yield Task(run_of(size, data, setting, seed), ("test", "autoattack"), "confirm")
 
 
+def likelihood(size: Size) -> Iterator[Task]:
+    """The language model, with every setting of its grid."""
+    for seed in size.seeds:
+        for setting in language.SETTINGS:
+            yield Task(language.run_of(setting, seed), ("nll",), "likelihood")
+
+
 def tasks(size: Size, stage: str, data: str, folder: Path) -> list[Task]:
     """The tasks of a stage, in the order in which they are done; without repetition."""
-    if stage == "search":
+    if (stage == "likelihood") != (data == language.DATA):
+        return []
+    if stage == "likelihood":
+        found = likelihood(size)
+    elif stage == "search":
         found = search(size, data)
     else:
         found = STAGES[stage](size, data, chosen(folder, size, OTHER[data] if stage == "confirm" else data))
     return list({results.key_of(task.run, ""): task for task in found}.values())
 
 
-STAGES = {stage.__name__: stage for stage in (search, fronts, wrong_labels, residual, adversarial, confirm)}
+STAGES = {stage.__name__: stage for stage in (search, fronts, likelihood, residual, adversarial, confirm, wrong_labels)}
+SETS = (*EPSILONS, language.DATA)
 
 
-def seconds(task: Task, attacked: int) -> float:
+def seconds(task: Task, size: Size) -> float:
     """The prediction: what a task takes of one core."""
     run = task.run
+    if run.data == language.DATA:
+        return LANGUAGE_SECONDS
     passes = 1 + ATTACK_STEPS if run.training == "pgd" else 1
-    training = run.images * run.epochs * passes * TRAINING_US[run.model]
-    images = {"validation": 80e3, "clean": 2e3, "test": 700 * attacked + 100e3, "autoattack": 5200 * attacked}
+    training = run.examples * run.epochs * passes * TRAINING_US[run.model]
+    of_test = {"clean": 2e3, "test": 700 * size.attacked + 100e3, "autoattack": 5200 * size.attacked}
+    images = {"validation": 40 * size.validated, **of_test}
     return 1e-6 * (training + sum(images[group] for group in task.groups) * ATTACK_US[run.model])

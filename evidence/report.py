@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import language
 import numpy as np
 import pandas as pd
 import plan
@@ -36,7 +37,9 @@ def name_of(setting: Setting) -> str:
     symbol = SPACES[setting.loss].symbol
     parts = [f"{symbol} = {setting.strength:g}"] if symbol else []
     parts += [f"c = {setting.c:g}"] if not math.isnan(setting.c) else []
-    return ", ".join([*parts, *["ramp"] * setting.ramp, f"decay {setting.weight_decay:g}"])
+    return ", ".join(
+        [*parts, *["class mean"] * setting.class_mean, *["ramp"] * setting.ramp, f"decay {setting.weight_decay:g}"]
+    )
 
 
 def of_setting(table: pd.DataFrame, setting: Setting) -> pd.DataFrame:
@@ -250,16 +253,28 @@ def label_noise(table: pd.DataFrame, *_: object) -> str:
     return markdown(["loss", "setting", *(f"{share:.0%} wrong" for share in shares)], rows)
 
 
+def likelihood(table: pd.DataFrame, *_: object) -> str:
+    """H of a language model on unknown text, and how much more than with cross entropy, paired by seed."""
+    base = values(table, language.SETTINGS[0], "nll")
+    rows = []
+    for setting in language.SETTINGS:
+        found = values(table, setting, "nll")
+        rows.append([setting.loss, name_of(setting), cell(found), cell((found - base).dropna()), str(len(found))])
+    return markdown(["loss", "setting", "H, test", "more than cross entropy", "seeds"], rows)
+
+
 def progress(folder: Path, size: Size) -> str:
     """How much of the plan stands in the files."""
     finished = results.finished(folder)
     rows = []
     for stage in plan.STAGES:
-        for data in size.recipes:
+        for data in (*size.recipes, language.DATA):
             try:
                 tasks = plan.tasks(size, stage, data, folder)
             except plan.SearchMissingError:
                 rows.append([stage, data, "0", "after the search"])
+                continue
+            if not tasks:
                 continue
             groups = [results.key_of(task.run, group) for task in tasks for group in task.groups]
             rows.append([stage, data, str(sum(key in finished for key in groups)), str(len(groups))])
@@ -338,6 +353,7 @@ TABLES: dict[str, tuple[str, Callable[[pd.DataFrame, Size, str], str]]] = {
     "residual": ("residual", accuracies),
     "adversarial": ("adversarial", accuracies),
     "confirm": ("confirm", accuracies),
+    "likelihood": ("likelihood", likelihood),
 }
 
 
@@ -345,7 +361,7 @@ def tables(folder: Path, size: Size) -> dict[str, str]:
     """All tables for which there are lines, by name and data set."""
     found = {"progress": progress(folder, size)}
     for name, (stage, make) in TABLES.items():
-        for data in size.recipes:
+        for data in (language.DATA,) if stage == "likelihood" else size.recipes:
             lines = results.read(folder, stage)
             lines = lines[lines.data == data]
             if len(lines):

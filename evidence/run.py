@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import data
+import language
 import measures
 import plan
 import report
@@ -32,10 +33,14 @@ from training import checksum, train
 
 def work(task: Task, size: Size, folder: Path | None) -> tuple[Task, str, dict[str, list[Measure]]]:
     """Trains a network; the task, what tells its weights from others, and measures by group."""
-    split = data.load(task.run.data, folder)
     started = time.perf_counter()
+    if task.run.data == language.DATA:
+        model, nll = language.train(task.run)
+        seconds = Measure(results.LAST, time.perf_counter() - started, 1)
+        return task, checksum(model), {"nll": [Measure("nll", nll, language.TEST_TOKENS), seconds]}
+    split = data.load(task.run.data, folder)
     model = train(task.run, split.train)
-    trained = Trained(model, task.run, split, folder, size.attacked)
+    trained = Trained(model, task.run, split, folder, size.attacked, size.validated)
     groups = {}
     for group in task.groups:
         found = list(measures.GROUPS[group](trained))
@@ -68,7 +73,7 @@ def perform(tasks: list[Task], args: argparse.Namespace, size: Size, title: str)
     left = missing(tasks, args.out)
     if not left:
         return
-    predicted = {results.key_of(task.run, ""): plan.seconds(task, size.attacked) for task in left}
+    predicted = {results.key_of(task.run, ""): plan.seconds(task, size) for task in left}
     origin = (results.commit(), *results.versions())
     context = multiprocessing.get_context("spawn")
     job = functools.partial(work, size=size, folder=args.data)
@@ -89,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small version, to evidence-quick/")
     parser.add_argument("--data", type=Path, help="folder with the four files of Fashion-MNIST")
-    parser.add_argument("--sets", nargs="+", choices=measures.EPSILONS, help="data sets (default: all that are found)")
+    parser.add_argument("--sets", nargs="+", choices=plan.SETS, help="data sets (default: all that are found)")
     parser.add_argument("--stages", nargs="+", choices=plan.STAGES, help="default: all; with --quick search, fronts")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder of the CSV files (default: evidence/results)")
@@ -102,7 +107,7 @@ def main() -> None:
         found = data.find_fashion(args.data) is not None
         if not found and not args.quick:
             sys.exit(data.NO_FASHION)
-        args.sets = (["fashion-mnist"] if found else ["mnist"]) if args.quick else list(measures.EPSILONS)
+        args.sets = (["fashion-mnist"] if found else ["mnist"]) if args.quick else list(plan.SETS)
     stages = args.stages or (["search", "fronts"] if args.quick else list(plan.STAGES))
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and not without ending the workers

@@ -22,10 +22,11 @@ class Run(NamedTuple):
     loss: str
     strength: float
     c: float
+    class_mean: bool
     ramp: bool
     weight_decay: float
     seed: int
-    images: int
+    examples: int  # images, or windows of a text
     epochs: int
     batch: int
     learning_rate: float
@@ -34,7 +35,7 @@ class Run(NamedTuple):
     @property
     def setting(self) -> Setting:
         """The loss and the weight decay."""
-        return Setting(self.loss, self.strength, self.c, self.ramp, self.weight_decay)
+        return Setting(*(getattr(self, name) for name in Setting._fields))
 
 
 ATTACK_STEPS = 7  # of projected gradient descent, in adversarial training: "Madry et al.", arXiv:1706.06083
@@ -43,7 +44,7 @@ WARM_UP = 0.2  # of the steps, in which the learning rate grows
 
 def train(run: Run, data: Data, report: Callable[[float], None] = lambda share: None) -> nn.Module:
     """A network in evaluation mode; ``report`` hears after every epoch which share of the training is done."""
-    data = data.first(run.images)
+    data = data.first(run.examples)
     labels = with_wrong_labels(data.labels, run.wrong_labels, run.seed) if run.wrong_labels else data.labels
     torch.manual_seed(run.seed)  # the first weights, the order of the images, and where attacks start
     model = MODELS[run.model]()

@@ -86,6 +86,12 @@ def load_tokens() -> Tensor:
     return torch.tensor(encoding.encode_ordinary(text))
 
 
+def load_split() -> tuple[Tensor, Tensor]:
+    """The text to train with, and its last twentieth."""
+    tokens = load_tokens()
+    return tokens[: len(tokens) * 19 // 20], tokens[len(tokens) * 19 // 20 :]
+
+
 class Block(nn.Module):
     """Causal attention and a perceptron."""
 
@@ -108,16 +114,14 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """A transformer whose head is a linear layer together with its loss, in one of two ways."""
 
-    def __init__(self, size: Size, loss: str, reg_weight: float) -> None:
+    def __init__(self, size: Size, loss: str, **options: object) -> None:
         super().__init__()
         self.fused = loss != "cross entropy"
         self.tokens = nn.Embedding(VOCABULARY, size.features)
         self.positions = nn.Embedding(size.context, size.features)
         self.blocks = nn.Sequential(*(Block(size.features, size.heads) for _ in range(size.layers)))
         self.norm = nn.LayerNorm(size.features)
-        self.head = LinearSelfRegularizedEntropyLoss(
-            size.features, VOCABULARY, reg_weight=reg_weight, class_mean=True, return_parts=True
-        )
+        self.head = LinearSelfRegularizedEntropyLoss(size.features, VOCABULARY, return_parts=True, **options)
         self.head.linear.weight = self.tokens.weight
         for embedding in (self.tokens, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)
@@ -152,16 +156,16 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def train(loss: str, size: Size, args: argparse.Namespace, results: multiprocessing.Queue) -> None:
-    """Trains and measures a model, in a process of its own."""
+def train(
+    loss: str, size: Size, args: argparse.Namespace, tokens: Tensor, show: bool = True, **options: object
+) -> tuple[LanguageModel, float]:
+    """A model that was trained on the tokens, its head with these options, and the milliseconds of a step."""
     torch.manual_seed(args.seed)
-    tokens = load_tokens()
-    split = len(tokens) * 19 // 20
-    model = LanguageModel(size, loss, args.reg_weight).to(args.device)
+    model = LanguageModel(size, loss, **options).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.learning_rate, total_steps=size.steps, pct_start=0.1)
     autocast = torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=args.bf16)
-    progress = tqdm(batches(tokens[:split], size, size.steps, args.seed), loss, unit="step")
+    progress = tqdm(batches(tokens, size, size.steps, args.seed), loss, unit="step", disable=not show)
     warm_up = min(5, size.steps - 1)  # steps that may compile
     for step, (inputs, labels) in enumerate(progress):
         if step == warm_up:
@@ -176,23 +180,34 @@ def train(loss: str, size: Size, args: argparse.Namespace, results: multiprocess
         if step % 10 == 0:
             progress.set_postfix(loss=f"{value.item():.3f}", refresh=False)
     value.item()  # waits for a GPU
-    seconds = time.perf_counter() - started
-    peak = peak_bytes(args.device)
+    return model, 1e3 * (time.perf_counter() - started) / (size.steps - warm_up)
 
+
+@torch.no_grad()
+def evaluate(model: LanguageModel, size: Size, args: argparse.Namespace, tokens: Tensor) -> tuple[float, float]:
+    """H and S on the tokens."""
     parts = []
-    with torch.no_grad(), autocast:
-        for inputs, labels in batches(tokens[split:], size, 20, args.seed):
+    with torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=args.bf16):
+        for inputs, labels in batches(tokens, size, 20, args.seed):
             features = model.features(inputs.to(args.device))
             parts.append(model.head(features, labels.to(args.device))[1])
     cross_entropy, regularizer, _ = (torch.stack(part).mean().item() for part in zip(*parts, strict=True))
-    results.put(Measures(cross_entropy, regularizer, 1e3 * seconds / (size.steps - warm_up), peak))
+    return cross_entropy, regularizer
+
+
+def measure(loss: str, size: Size, args: argparse.Namespace, results: multiprocessing.Queue) -> None:
+    """Trains and measures a model, in a process of its own."""
+    train_tokens, test_tokens = load_split()
+    model, milliseconds = train(loss, size, args, train_tokens, reg_weight=args.reg_weight, class_mean=True)
+    peak = peak_bytes(args.device)
+    results.put(Measures(*evaluate(model, size, args, test_tokens), milliseconds, peak))
 
 
 def in_a_process(loss: str, size: Size, args: argparse.Namespace) -> Measures:
-    """``train``, in a new process, whose peak memory is that of this loss alone."""
+    """``measure``, in a new process, whose peak memory is that of this loss alone."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    process = context.Process(target=train, args=(loss, size, args, results))
+    process = context.Process(target=measure, args=(loss, size, args, results))
     process.start()
     process.join()
     if process.exitcode:

@@ -35,11 +35,11 @@ finally:
     sys.path.remove(str(EVIDENCE))
 
 nan = math.nan
-SMALL = plan.Size({"mnist": (256, 1)}, ("cross entropy", "label smoothing", OURS), 2, (1, 2), (0.0, 0.5), 20)
+SMALL = plan.Size({"mnist": (256, 1)}, ("cross entropy", "label smoothing", OURS), 2, (1, 2), (0.0, 0.5), 20, 20)
 
 
 def setting(loss, strength=nan, c=nan, ramp=False, weight_decay=0.01):
-    return Setting(loss, strength, c, ramp, weight_decay)
+    return Setting(loss, strength, c, False, ramp, weight_decay)
 
 
 def by_hand(loss, z, g, strength):
@@ -301,7 +301,7 @@ def test_the_same_run_gives_the_same_weights_and_another_seed_others():
 @pytest.mark.parametrize("changes", [{"model": "residual"}, {"training": "pgd", "train_epsilon": 0.1}], ids=str)
 def test_other_trainings_learn_too(changes):
     sets = data.load("mnist")
-    of_change = plan.run_of(SMALL, "mnist", setting(OURS, 0.1, 1e-2), 1, **changes)._replace(images=1024, epochs=8)
+    of_change = plan.run_of(SMALL, "mnist", setting(OURS, 0.1, 1e-2), 1, **changes)._replace(examples=1024, epochs=8)
     model = training.train(of_change, sets.train)
     assert not model.training
     assert attacks.is_right(model, sets.test).double().mean() > 0.25
