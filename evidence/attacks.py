@@ -6,7 +6,7 @@ needs it at every step; torchattacks has it too, but pins an old version of each
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,25 @@ def is_right(model: nn.Module, data: Data) -> Tensor:
         return torch.cat([model(part) for part in data.images.split(1000)]).argmax(1) == data.labels
 
 
-def input_gradient(model: nn.Module, data: Data) -> Tensor:
-    """The gradient of cross entropy in the images, as large as they are."""
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of all rows."""
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def lost_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """The largest wrong logit less the label's, of all rows: never flat, whatever the scale. arXiv:1608.04644."""
+    label = labels[:, None]
+    return (logits.scatter(1, label, -torch.inf).amax(1) - logits.gather(1, label).squeeze(1)).sum()
+
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+OBJECTIVES = (cross_entropy, lost_margin)
+
+
+def input_gradient(model: nn.Module, data: Data, objective: Objective = cross_entropy) -> Tensor:
+    """The gradient of what an attack raises in the images, as large as they are."""
     images = data.images.clone().requires_grad_()
-    return torch.autograd.grad(F.cross_entropy(model(images), data.labels, reduction="sum"), images)[0]
+    return torch.autograd.grad(objective(model(images), data.labels), images)[0]
 
 
 def fgsm(model: nn.Module, data: Data, epsilon: float) -> Tensor:
@@ -35,24 +50,32 @@ def fgsm(model: nn.Module, data: Data, epsilon: float) -> Tensor:
     return (data.images + epsilon * input_gradient(model, data).sign()).clamp(0, 1)
 
 
-def pgd(model: nn.Module, data: Data, epsilon: float, steps: int, generator: torch.Generator | None = None) -> Tensor:
-    """Steps along the sign of the gradient from a random start; together they reach 2.5 epsilon. arXiv:1706.06083."""
+def pgd(
+    model: nn.Module,
+    data: Data,
+    epsilon: float,
+    steps: int,
+    objective: Objective = cross_entropy,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Steps of 2.5 epsilon / steps along the sign of the gradient, from a random start. arXiv:1706.06083."""
     low, high = (data.images - epsilon).clamp_min(0), (data.images + epsilon).clamp_max(1)
     images = low + (high - low) * torch.rand(low.shape, generator=generator)
     for _ in range(steps):
-        gradient = input_gradient(model, Data(images, data.labels))
+        gradient = input_gradient(model, Data(images, data.labels), objective)
         images = (images + 2.5 * epsilon / steps * gradient.sign()).clamp(low, high)
     return images
 
 
 def withstands_pgd(model: nn.Module, data: Data, epsilon: float, steps: int, restarts: int = 1) -> Tensor:
-    """Whether each image (N,) keeps its label under every restart; the random starts are the same at every call."""
+    """Whether each image (N,) keeps its label, for both objectives under every restart, the same at every call."""
     generator = torch.Generator().manual_seed(SEED)
     right = is_right(model, data)
-    for _ in range(restarts):
+    for objective in OBJECTIVES * restarts:
         rows = right.nonzero().squeeze(1)
         attacked = Data(data.images[rows], data.labels[rows])
-        right[rows] = is_right(model, attacked._replace(images=pgd(model, attacked, epsilon, steps, generator)))
+        images = pgd(model, attacked, epsilon, steps, objective, generator)
+        right[rows] = is_right(model, attacked._replace(images=images))
     return right
 
 

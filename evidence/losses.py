@@ -1,7 +1,7 @@
 """The losses that are compared: formulas, and the strengths that a search draws from.
 
-Each has one strength; the self-regularized entropy has c and a ramp beside it. All are means over the rows of logits
-(N, K), with labels (N,), p = softmax(z), g the label and q_j = p_j / (1 - p_g) for the wrong classes j.
+All but cross entropy have one strength; this loss has c, a mean over classes and a ramp beside it. All are means over
+the rows of logits (N, K), with labels (N,), p = softmax(z), g the label and q_j = p_j / (1 - p_g) for a wrong class j.
 """
 
 import math
@@ -65,7 +65,7 @@ def complement(logits: Tensor, labels: Tensor, strength: float) -> Tensor:
     """H + γ / (K - 1) Σ q_j log q_j.
 
     The complement cross entropy of arXiv:2009.01189, which takes in one step what "Complement Objective Training",
-    arXiv:1903.01182, takes in two.
+    arXiv:1903.01182, takes in two. The sign is that of the latter: the wrong classes are evened out.
     """
     scale = strength / (logits.shape[1] - 1)
     return F.cross_entropy(logits, labels) - scale * wrong_entropy(logits, labels).mean()
@@ -101,29 +101,52 @@ def loss_of(setting: Setting, progress: float) -> Loss:
     """The loss at this share of the training, which a ramp depends on."""
     strength = setting.strength * (min(1, 2 * progress) if setting.ramp else 1)
     if setting.loss == OURS:  # uncompiled: so small a batch never pays back a compilation
-        return lambda z, labels: self_regularized_entropy(z, labels, reg_weight=strength, c=setting.c, backend="eager")
+        options = {"reg_weight": strength, "c": setting.c, "class_mean": setting.class_mean, "backend": "eager"}
+        return lambda logits, labels: self_regularized_entropy(logits, labels, **options)
     return lambda logits, labels: RIVALS[setting.loss](logits, labels, strength)
 
 
-def draw(loss: str, count: int) -> list[Setting]:
+class Box(NamedTuple):
+    """The limits between which a search draws, uniformly in the logarithm."""
+
+    strength: tuple[float, float]
+    c: tuple[float, float]
+    weight_decay: tuple[float, float]
+
+
+def whole_box(loss: str) -> Box:
+    """All of a loss's space; nan for what it has not."""
+    return Box(SPACES[loss][1:], C if loss == OURS else (math.nan, math.nan), WEIGHT_DECAY)
+
+
+def draw(loss: str, count: int, box: Box, seed: int) -> list[Setting]:
     """Settings of a loss, spread evenly by a scrambled Sobol sequence over the logarithms of their numbers."""
 
     def between(low: float, high: float, u: float) -> float:
-        return float(f"{low * (high / low) ** u:.3g}")
+        return math.nan if math.isnan(low) else float(f"{low * (high / low) ** u:.3g}")
 
-    space, ours = SPACES[loss], loss == OURS
-    points = torch.quasirandom.SobolEngine(4, scramble=True, seed=0).draw(count).tolist()
+    points = torch.quasirandom.SobolEngine(4, scramble=True, seed=seed).draw(count).tolist()
     return [
         Setting(
             loss,
-            math.nan if math.isnan(space.low) else between(space.low, space.high, u),
-            between(*C, v) if ours else math.nan,
+            between(*box.strength, u),
+            between(*box.c, v),
             False,
-            ours and w >= 0.5,
-            between(*WEIGHT_DECAY, x),
+            loss == OURS and w >= 0.5,
+            between(*box.weight_decay, x),
         )
         for x, u, v, w in points
     ]
+
+
+def narrowed(loss: str, settings: list[Setting]) -> Box:
+    """The part of the space that these settings lie in, and half as far again on either side, in the logarithm."""
+    limits = []
+    for name, (low, high) in whole_box(loss)._asdict().items():
+        values = [getattr(setting, name) for setting in settings]
+        margin = max((max(values) / min(values)) ** 0.5, 2.0)
+        limits.append((max(low, min(values) / margin), min(high, max(values) * margin)))
+    return Box(*limits)
 
 
 # What people take without a search. AdamW's own weight decay is 0.01.

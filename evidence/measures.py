@@ -1,7 +1,7 @@
 """What is measured of a trained network, in groups; a group is a list of measures and is appended as one.
 
-A measure is a number at two coordinates: ``epsilon`` of the attack, and ``level``, which is the bin, the quantile, the
-number of steps, or what the logits were divided by; nan where a measure has no such coordinate.
+A measure is a number at two coordinates: ``epsilon`` of the attack, and ``level``, which is the bin, the quantile or
+the number of steps; nan where a measure has no such coordinate.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import attacks
 import data
+import numpy as np
 import torch
 import torch.nn.functional as F
 from data import CORRUPTIONS, Data, Split
@@ -24,7 +25,7 @@ from training import Run, logits_of, train
 
 EPSILONS = {"fashion-mnist": (0.02, 0.05), "mnist": (0.1, 0.2)}
 OTHER = {"fashion-mnist": "mnist", "mnist": "fashion-mnist"}  # out of distribution
-PGD_STEPS, PGD_RESTARTS = 40, 3
+PGD_STEPS, PGD_RESTARTS = 40, 2  # restarts for each of two objectives
 STEP_COUNTS = (1, 2, 5, 10, 20, 50, 100)
 LARGE_EPSILON = 0.5  # half of black to white: every image can become grey, so no network can know it
 FEW = 200  # images, for what compares attacks with each other
@@ -41,12 +42,19 @@ class Measure(NamedTuple):
     count: int
     epsilon: float = math.nan
     level: float = math.nan
-    kept: str = ""  # a digit for each image: 1 if it counts
+    kept: str = ""  # hexadecimal, a bit for each image: whether it counts
 
 
-def share(measure: str, flags: Tensor, epsilon: float = math.nan, level: float = math.nan) -> Measure:
-    """The share of flags (N,) that are true."""
-    return Measure(measure, flags.double().mean().item(), len(flags), epsilon, level)
+def bits(flags: Tensor) -> str:
+    """Flags (N,) as hexadecimal digits, the first image first."""
+    return np.packbits(flags.numpy()).tobytes().hex()
+
+
+def share(
+    measure: str, flags: Tensor, epsilon: float = math.nan, level: float = math.nan, keep: bool = False
+) -> Measure:
+    """The share of flags (N,) that are true, and, if they are to be kept, the flags."""
+    return Measure(measure, flags.double().mean().item(), len(flags), epsilon, level, bits(flags) if keep else "")
 
 
 def temperature_of(logits: Tensor, labels: Tensor) -> float:
@@ -102,7 +110,7 @@ def transferred(run: Run, folder: Path | None, count: int) -> dict[float, Data]:
     model, test = train(run, split.train), split.test.first(count)
     generator = torch.Generator().manual_seed(attacks.SEED)
     return {
-        epsilon: test._replace(images=attacks.pgd(model, test, epsilon, PGD_STEPS, generator))
+        epsilon: test._replace(images=attacks.pgd(model, test, epsilon, PGD_STEPS, generator=generator))
         for epsilon in EPSILONS[run.data]
     }
 
@@ -132,7 +140,8 @@ def masking(model: nn.Module, test: Data, validation_logits: Tensor, run: Run) -
     yield Measure("gradient_norm", gradient.median().item(), len(gradient))
     yield share("gradient_zero", gradient == 0)
     yield share("pgd_large_epsilon", attacks.withstands_pgd(model, few, LARGE_EPSILON, 100), LARGE_EPSILON)
-    scale = validation_logits.abs().mean().item()
+    scale = (validation_logits - validation_logits.mean(1, keepdim=True)).std().item()
+    yield Measure("scale", scale, len(validation_logits))
     for epsilon in EPSILONS[run.data]:
         for steps in STEP_COUNTS:
             yield share("pgd_steps", attacks.withstands_pgd(model, few, epsilon, steps), epsilon, steps)
@@ -140,7 +149,7 @@ def masking(model: nn.Module, test: Data, validation_logits: Tensor, run: Run) -
             yield share("square_alone", right, epsilon)
         # Logits of the size 1: a loss that makes them ten times as large would saturate the attack's cross entropy.
         for _, right in attacks.autoattack(Divided(model, scale), test, epsilon, ["apgd-ce"]):
-            yield share("apgd-ce_divided", right, epsilon, scale)
+            yield share("apgd-ce_divided", right, epsilon, keep=True)
 
 
 class Trained(NamedTuple):
@@ -174,7 +183,7 @@ def test(trained: Trained) -> Iterator[Measure]:
     logits, labels = logits_of(model, split.test.images), split.test.labels
     validation_logits = logits_of(model, split.validation.images)
     temperature = temperature_of(validation_logits, split.validation.labels)
-    yield share("clean", logits.argmax(1) == labels)
+    yield share("clean", logits.argmax(1) == labels, keep=True)
     yield Measure("temperature", temperature, len(validation_logits))
     yield Measure("margin", margins(logits, labels).mean().item(), len(labels))
     yield from calibration(logits, labels, 1, "")
@@ -192,8 +201,9 @@ def test(trained: Trained) -> Iterator[Measure]:
     )
     for epsilon, images in transferred(source, folder, attacked).items():
         yield share("fgsm", attacks.is_right(model, few._replace(images=attacks.fgsm(model, few, epsilon))), epsilon)
-        yield share("pgd", attacks.withstands_pgd(model, few, epsilon, PGD_STEPS, PGD_RESTARTS), epsilon)
-        yield share("transfer", attacks.is_right(model, images), epsilon)
+        right = attacks.withstands_pgd(model, few, epsilon, PGD_STEPS, PGD_RESTARTS)
+        yield share("pgd", right, epsilon, keep=True)
+        yield share("transfer", attacks.is_right(model, images), epsilon, keep=True)
     yield from masking(model, few, validation_logits, run)
 
 
@@ -202,9 +212,7 @@ def autoattack(trained: Trained) -> Iterator[Measure]:
     few = trained.split.test.first(trained.attacked)
     for epsilon in EPSILONS[trained.run.data]:
         for name, right in attacks.autoattack(trained.model, few, epsilon):
-            measure = share(f"after_{name}", right, epsilon)
-            last = name == attacks.ATTACKS[-1]  # which images are left is what two losses are compared by
-            yield measure._replace(kept="".join(map(str, right.int().tolist()))) if last else measure
+            yield share(f"after_{name}", right, epsilon, keep=name == attacks.ATTACKS[-1])
 
 
 GROUPS = {group.__name__: group for group in (validation, clean, test, autoattack)}

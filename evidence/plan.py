@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import language
+import numpy as np
 import pandas as pd
 import results
-from losses import OURS, SPACES, USUAL, Setting, draw
+from losses import OURS, SPACES, USUAL, Setting, draw, narrowed, whole_box
 from measures import EPSILONS, OTHER
 from training import ATTACK_STEPS, Run
 
-# How much clean accuracy, on the validation set, a setting may have less than the best of cross entropy.
-GIVEN_UP = (0.005, 0.015, 0.03)
-MIDDLE = 1  # where only one of them is tried
+# How much clean accuracy, on the validation set, a setting may have less than the best of cross entropy; at 0, the most
+# accurate setting of a loss, whatever that of cross entropy.
+GIVEN_UP = (0.0, 0.015, 0.03)
+MIDDLE = 0.015  # where only one of them is tried
+WORTH_REFINING = 0.04  # settings of less accuracy than this are on no front
 SEARCH_SEED = 0
 WRONG_LABELS = (0.2, 0.4)
 ADVERSARIAL_LOSSES = ("cross entropy", "label smoothing", OURS)
@@ -30,16 +33,19 @@ class Size(NamedTuple):
 
     recipes: dict[str, tuple[int, int]]  # examples and epochs, by data
     losses: tuple[str, ...]
-    trials: int  # for each loss
+    trials: int  # for each loss, in all of its space
+    refined: int  # more of them, around its front
     seeds: tuple[int, ...]
     given_up: tuple[float, ...]
     attacked: int  # images of the test set
     validated: int  # images of the validation set that are attacked
 
 
-FULL = Size({"fashion-mnist": (50000, 8), "mnist": (3000, 40)}, tuple(SPACES), 24, (1, 2, 3, 4, 5), GIVEN_UP, 500, 2000)
+FULL = Size(
+    {"fashion-mnist": (50000, 8), "mnist": (3000, 40)}, tuple(SPACES), 24, 12, (1, 2, 3, 4, 5), GIVEN_UP, 500, 2000
+)
 QUICK = Size(
-    {"fashion-mnist": (10000, 3), "mnist": (3000, 10)}, ADVERSARIAL_LOSSES, 4, (1, 2), (GIVEN_UP[MIDDLE],), 40, 500
+    {"fashion-mnist": (10000, 3), "mnist": (3000, 10)}, ADVERSARIAL_LOSSES, 4, 2, (1, 2), (0.0, MIDDLE), 40, 500
 )
 BATCH, LEARNING_RATE = 128, 2e-3
 
@@ -49,11 +55,10 @@ class SearchMissingError(Exception):
 
 
 class Task(NamedTuple):
-    """A run, the groups of measures to take, and the file they go to."""
+    """A run, and the groups of measures to take."""
 
     run: Run
     groups: tuple[str, ...]
-    stage: str
 
 
 def run_of(size: Size, data: str, setting: Setting, seed: int, **changes: object) -> Run:
@@ -63,48 +68,82 @@ def run_of(size: Size, data: str, setting: Setting, seed: int, **changes: object
     return run._replace(**changes)
 
 
-def trials(folder: Path, data: str) -> pd.DataFrame:
+def trials(folder: Path, data: str, stage: str = "*") -> pd.DataFrame:
     """What the search found: a line for each setting, its clean accuracy, and its mean under attack."""
-    table = results.read(folder, "search")
-    table = table[table.data == data]
+    table = results.read(folder, stage)
+    table = table[(table.data == data) & (table.group == "validation")]
     setting = list(Setting._fields)
     means = table.groupby([*setting, "measure"], dropna=False, sort=False).value.mean().unstack("measure")
     return means.reset_index().reindex(columns=[*setting, "clean", "pgd"])
 
 
+def setting_of(row: pd.Series) -> Setting:
+    """The setting of a line."""
+    setting = Setting(*row[list(Setting._fields)])
+    return setting._replace(class_mean=bool(row.class_mean), ramp=bool(row.ramp))
+
+
+def check(table: pd.DataFrame, size: Size, count: int, data: str) -> None:
+    """Every loss must have been tried as often as this."""
+    if table.groupby("loss").size().reindex(size.losses).fillna(0).min() < count:
+        raise SearchMissingError(f"python evidence/run.py --stages search refine --sets {data} comes first")
+
+
 def chosen(folder: Path, size: Size, data: str) -> dict[tuple[str, float], Setting]:
     """By loss and accuracy given up: the most robust setting that still has that accuracy, on the validation set.
 
-    Robust is the mean accuracy under PGD of 20 steps at the two epsilons. A loss that reaches the accuracy with none of
-    its settings is represented by the most accurate one.
+    Robust is the mean accuracy under PGD of 20 steps, with both objectives, at the two epsilons. A loss that reaches
+    the accuracy with none of its settings is represented by the most accurate one.
     """
     table = trials(folder, data)
-    if table.groupby("loss").size().reindex(size.losses).fillna(0).min() < size.trials:
-        raise SearchMissingError(f"python evidence/run.py --stages search --sets {data}: comes first")
+    check(table, size, size.trials + size.refined, data)
     best = table[table.loss == "cross entropy"].clean.max()
     choice = {}
     for loss in size.losses:
         of_loss = table[table.loss == loss]
         for given_up in size.given_up:
-            allowed = of_loss[of_loss.clean >= best - given_up]
+            allowed = of_loss[of_loss.clean >= best - given_up] if given_up else of_loss.head(0)
             row = allowed.loc[allowed.pgd.idxmax()] if len(allowed) else of_loss.loc[of_loss.clean.idxmax()]
-            setting = Setting(*row[list(Setting._fields)])
-            choice[loss, given_up] = setting._replace(class_mean=bool(row.class_mean), ramp=bool(row.ramp))
+            choice[loss, given_up] = setting_of(row)
     return choice
+
+
+def front(table: pd.DataFrame) -> pd.DataFrame:
+    """The lines that no other one beats in both accuracies."""
+    beaten = [((table.clean > row.clean) & (table.pgd > row.pgd)).any() for row in table.itertuples()]
+    return table[~np.array(beaten)]
 
 
 def search(size: Size, data: str) -> Iterator[Task]:
     """Every trial once."""
-    for settings in zip(*(draw(loss, size.trials) for loss in size.losses), strict=True):
+    return alternating(size, data, {loss: draw(loss, size.trials, whole_box(loss), 0) for loss in size.losses})
+
+
+def refine(size: Size, data: str, folder: Path) -> Iterator[Task]:
+    """More trials, around what a first search found best of each loss."""
+    table = trials(folder, data, "search")
+    check(table, size, size.trials, data)
+    drawn = {}
+    for loss in size.losses:
+        of_loss = table[table.loss == loss]
+        best = front(of_loss[of_loss.clean >= of_loss.clean.max() - WORTH_REFINING])
+        box = narrowed(loss, [setting_of(row) for _, row in best.iterrows()])
+        drawn[loss] = draw(loss, size.refined, box, 1)
+    return alternating(size, data, drawn)
+
+
+def alternating(size: Size, data: str, drawn: dict[str, list[Setting]]) -> Iterator[Task]:
+    """One trial of each loss, then the next of each."""
+    for settings in zip(*drawn.values(), strict=True):
         for setting in settings:
-            yield Task(run_of(size, data, setting, SEARCH_SEED), ("validation",), "search")
+            yield Task(run_of(size, data, setting, SEARCH_SEED), ("validation",))
 
 
 def fronts(size: Size, data: str, choice: dict[tuple[str, float], Setting]) -> Iterator[Task]:
     """What was chosen, and what is usual, with everything measured."""
     for seed in size.seeds:
         for setting in (*choice.values(), *USUAL):
-            yield Task(run_of(size, data, setting, seed), ("test", "autoattack"), "fronts")
+            yield Task(run_of(size, data, setting, seed), ("test", "autoattack"))
 
 
 def wrong_labels(size: Size, data: str, choice: dict[tuple[str, float], Setting]) -> Iterator[Task]:
@@ -112,59 +151,83 @@ def wrong_labels(size: Size, data: str, choice: dict[tuple[str, float], Setting]
     for seed in size.seeds:
         for share in WRONG_LABELS:
             for setting in (*choice.values(), *USUAL):
-                yield Task(run_of(size, data, setting, seed, wrong_labels=share), ("clean",), "wrong_labels")
+                yield Task(run_of(size, data, setting, seed, wrong_labels=share), ("clean",))
 
 
-def middle(size: Size, choice: dict[tuple[str, float], Setting]) -> list[Setting]:
+def middle(choice: dict[tuple[str, float], Setting]) -> list[Setting]:
     """The setting of each loss that gives up a middling accuracy."""
-    return [setting for (_, given_up), setting in choice.items() if given_up == GIVEN_UP[MIDDLE]]
+    return [setting for (_, given_up), setting in choice.items() if given_up == MIDDLE]
 
 
 def residual(size: Size, data: str, choice: dict[tuple[str, float], Setting]) -> Iterator[Task]:
     """The other network, at one setting of each loss."""
     for seed in size.seeds:
-        for setting in middle(size, choice):
-            yield Task(run_of(size, data, setting, seed, model="residual"), ("test", "autoattack"), "residual")
+        for setting in middle(choice):
+            yield Task(run_of(size, data, setting, seed, model="residual"), ("test", "autoattack"))
 
 
 def adversarial(size: Size, data: str, choice: dict[tuple[str, float], Setting]) -> Iterator[Task]:
     """Adversarial training with the larger epsilon, for a few losses."""
     changes = {"training": "pgd", "train_epsilon": EPSILONS[data][1]}
     for seed in size.seeds:
-        for setting in choice.values():
+        for setting in middle(choice):
             if setting.loss in ADVERSARIAL_LOSSES:
-                yield Task(run_of(size, data, setting, seed, **changes), ("test", "autoattack"), "adversarial")
+                yield Task(run_of(size, data, setting, seed, **changes), ("test", "autoattack"))
 
 
 def confirm(size: Size, data: str, choice_of_other: dict[tuple[str, float], Setting]) -> Iterator[Task]:
     """Settings that the other data set chose."""
     for seed in size.seeds:
-        for setting in middle(size, choice_of_other):
-            yield Task(run_of(size, data, setting, seed), ("test", "autoattack"), "confirm")
+        for setting in middle(choice_of_other):
+            yield Task(run_of(size, data, setting, seed), ("test", "autoattack"))
 
 
 def likelihood(size: Size) -> Iterator[Task]:
     """The language model, with every setting of its grid."""
     for seed in size.seeds:
         for setting in language.SETTINGS:
-            yield Task(language.run_of(setting, seed), ("nll",), "likelihood")
+            yield Task(language.run_of(setting, seed), ("nll",))
 
 
 def tasks(size: Size, stage: str, data: str, folder: Path) -> list[Task]:
     """The tasks of a stage, in the order in which they are done; without repetition."""
-    if (stage == "likelihood") != (data == language.DATA):
+    if data not in STAGES[stage]:
         return []
-    if stage == "likelihood":
-        found = likelihood(size)
-    elif stage == "search":
+    if stage == "search":
         found = search(size, data)
+    elif stage == "refine":
+        found = refine(size, data, folder)
+    elif stage == "likelihood":
+        found = likelihood(size)
     else:
-        found = STAGES[stage](size, data, chosen(folder, size, OTHER[data] if stage == "confirm" else data))
+        choice = chosen(folder, size, OTHER[data] if stage == "confirm" else data)
+        found = {
+            "fronts": fronts,
+            "residual": residual,
+            "adversarial": adversarial,
+            "confirm": confirm,
+            "wrong_labels": wrong_labels,
+        }[stage](size, data, choice)
     return list({results.key_of(task.run, ""): task for task in found}.values())
 
 
-STAGES = {stage.__name__: stage for stage in (search, fronts, likelihood, residual, adversarial, confirm, wrong_labels)}
-SETS = (*EPSILONS, language.DATA)
+IMAGES = tuple(EPSILONS)
+STAGES = {  # and the data sets that each is done with
+    "search": IMAGES,
+    "refine": IMAGES,
+    "fronts": IMAGES,
+    "likelihood": (language.DATA,),
+    "confirm": IMAGES,
+    "residual": IMAGES[:1],
+    "adversarial": IMAGES[:1],
+    "wrong_labels": IMAGES[:1],
+}
+SETS = (*IMAGES, language.DATA)
+
+
+def sets_of(stage: str, size: Size) -> list[str]:
+    """The data sets that a stage is done with at this size."""
+    return [data for data in STAGES[stage] if data in size.recipes or data == language.DATA]
 
 
 def seconds(task: Task, size: Size) -> float:
@@ -174,6 +237,6 @@ def seconds(task: Task, size: Size) -> float:
         return LANGUAGE_SECONDS
     passes = 1 + ATTACK_STEPS if run.training == "pgd" else 1
     training = run.examples * run.epochs * passes * TRAINING_US[run.model]
-    of_test = {"clean": 2e3, "test": 700 * size.attacked + 100e3, "autoattack": 5200 * size.attacked}
-    images = {"validation": 40 * size.validated, **of_test}
+    of_test = {"clean": 2e3, "test": 1000 * size.attacked + 100e3, "autoattack": 5200 * size.attacked}
+    images = {"validation": 80 * size.validated, **of_test}
     return 1e-6 * (training + sum(images[group] for group in task.groups) * ATTACK_US[run.model])

@@ -1,7 +1,7 @@
 """Tables and figures of what stands in the CSV files; no number in them is typed by hand.
 
     python evidence/report.py                  evidence/results: its figures, and the tables in docs/evidence.md
-    python evidence/report.py evidence-quick   another folder: its figures, and its report.md
+    python evidence/report.py evidence-quick --quick      another folder: its figures, and its report.md
 
 A table in docs/evidence.md stands between two comments with its name, and is written anew.
 """
@@ -26,10 +26,14 @@ from scipy import stats
 
 PAGE = results.ROOT / "docs" / "evidence.md"
 VERDICT = "after_square"  # what AutoAttack leaves
+STRONG = (VERDICT, "pgd", "transfer", "apgd-ce_divided")  # an image counts as robust if it withstands all of these
+LEVELS = (0.005, 0.015, 0.03)  # of clean accuracy, given up for robustness
 COLORS = dict(zip(SPACES, ("#000000", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#56B4E9", "#D55E00"), strict=True))
+TITLES = {loss: loss + " (this loss)" * (loss == OURS) for loss in SPACES}
 MARKERS = dict(zip(SPACES, "osvPDX*", strict=True))
 SETTING = list(Setting._fields)
 BOOTSTRAPS = 1000
+Choice = dict[tuple[str, float], Setting]  # what was chosen, by loss and accuracy given up
 
 
 def name_of(setting: Setting) -> str:
@@ -104,84 +108,113 @@ def envelope(clean: np.ndarray, robust: np.ndarray, level: float) -> np.ndarray:
     return np.where(np.isfinite(best), best, np.nan)
 
 
+def flags(
+    table: pd.DataFrame, setting: Setting, measure: str, epsilon: float | None, count: int
+) -> dict[int, np.ndarray]:
+    """Which of ``count`` images count for a measure, by seed."""
+    lines = of_setting(table[table.measure == measure], setting)
+    lines = lines if epsilon is None else lines[lines.epsilon == epsilon]
+    return {
+        seed: np.unpackbits(np.frombuffer(bytes.fromhex(kept), np.uint8))[:count].astype(float)
+        for seed, kept in zip(lines.seed, lines.kept, strict=True)
+    }
+
+
 class Front:
-    """What AutoAttack leaves of a loss: clean (seeds, settings), kept (seeds, settings, images)."""
+    """A loss at one epsilon: which images its chosen settings get right, clean and under the strongest attack.
 
-    def __init__(self, table: pd.DataFrame, loss: str, epsilon: float) -> None:
-        self.clean, self.kept = [], []
-        table = table[table.loss == loss]
-        settings = settings_of(table)
-        lines = table[(table.measure == VERDICT) & (table.epsilon == epsilon)]
-        by_setting = [of_setting(lines, setting).set_index("seed").kept for setting in settings]
-        common = set.intersection(*(set(kept.index) for kept in by_setting)) if by_setting else set()
-        self.seeds = sorted(common)
-        self.settings = settings
-        clean = [values(table, setting, "clean") for setting in settings]
-        self.clean = np.array([[accuracy[seed] for accuracy in clean] for seed in self.seeds])
-        self.kept = np.array([[[*map(int, kept[seed])] for kept in by_setting] for seed in self.seeds], float)
+    ``clean`` and ``robust`` are (seeds, settings, images); the robust images are the first of the clean ones.
+    """
 
-    def at(self, level: float, weights: np.ndarray) -> np.ndarray:
-        """The hull at a clean accuracy, by seed, with images weighted: (..., images) -> (..., seeds)."""
-        robust = np.einsum("spi,...i->...sp", self.kept, weights)
-        return envelope(np.broadcast_to(self.clean, robust.shape), robust, level)
+    def __init__(self, table: pd.DataFrame, settings: list[Setting], epsilon: float) -> None:
+        counts = {measure: int(table[table.measure == measure]["count"].max()) for measure in ("clean", VERDICT)}
+        clean = [flags(table, setting, "clean", None, counts["clean"]) for setting in settings]
+        attacked = [
+            [flags(table, setting, measure, epsilon, counts[VERDICT]) for measure in STRONG] for setting in settings
+        ]
+        complete = [
+            set(clean_by_seed).intersection(*by_measure)
+            for clean_by_seed, by_measure in zip(clean, attacked, strict=True)
+        ]
+        self.seeds = sorted(set.intersection(*complete))
+        self.clean = np.array([[by_seed[seed] for by_seed in clean] for seed in self.seeds])
+        self.robust = np.array(
+            [[np.min([by_seed[seed] for by_seed in measures], 0) for measures in attacked] for seed in self.seeds]
+        )
+
+    def points(self, seeds: list[int], weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Mean clean and robust accuracy of each setting, over these seeds, with images weighted (..., images)."""
+        rows = [self.seeds.index(seed) for seed in seeds]
+        clean, robust = self.clean[rows].mean(0), self.robust[rows].mean(0)
+        if weights is None:
+            return clean.mean(-1), robust.mean(-1)
+        few = weights[..., : robust.shape[-1]]
+        return weights @ clean.T / weights.sum(-1, keepdims=True), few @ robust.T / few.sum(-1, keepdims=True)
+
+
+def front_of(table: pd.DataFrame, choice: Choice, loss: str, epsilon: float) -> Front:
+    """The front of a loss: of what was chosen on the validation set, not of what is usual."""
+    return Front(table, list(dict.fromkeys(setting for (of, _), setting in choice.items() if of == loss)), epsilon)
 
 
 def difference(ours: Front, rival: Front, level: float) -> tuple[float, float]:
-    """How far our front is above a rival's, and half of its 95 % interval.
+    """How far our front is above a rival's at a clean accuracy, and half of its 95 % interval.
 
-    Paired by seed and by image. The variance of the mean is that over seeds, plus that of a bootstrap over images,
-    which are the same for all seeds.
+    Fronts are hulls of means over seeds. Both are drawn again together: without each seed (the jackknife), and by a
+    bootstrap over images, which all networks share, and which moves clean and robust accuracy alike. The two variances
+    add up; the interval is Student's, with one degree of freedom less than there are seeds.
     """
-    seeds = [seed for seed in ours.seeds if seed in rival.seeds]
-    images = ours.kept.shape[-1] if seeds else 0
+    seeds = sorted(set(ours.seeds) & set(rival.seeds))
     if len(seeds) < 2:
         return math.nan, math.nan
-    weights = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), BOOTSTRAPS) / images
-    weights = np.concatenate([np.full((1, images), 1 / images), weights])
-    rows = [[front.seeds.index(seed) for seed in seeds] for front in (ours, rival)]
-    by_seed = ours.at(level, weights)[:, rows[0]] - rival.at(level, weights)[:, rows[1]]
-    variance = by_seed[0].var(ddof=1) / len(seeds) + by_seed[1:].mean(1).var(ddof=1)
-    return by_seed[0].mean(), stats.t.ppf(0.975, len(seeds) - 1) * math.sqrt(variance)
+
+    def between(seeds: list[int], weights: np.ndarray | None = None) -> np.ndarray:
+        return envelope(*ours.points(seeds, weights), level) - envelope(*rival.points(seeds, weights), level)
+
+    left_out = np.array([between([seed for seed in seeds if seed != out]) for out in seeds])
+    over_seeds = (len(seeds) - 1) * left_out.var()
+    count = ours.clean.shape[-1]
+    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), BOOTSTRAPS).astype(float)
+    over_images = between(seeds, weights).var(ddof=1)
+    return between(seeds).item(), stats.t.ppf(0.975, len(seeds) - 1) * math.sqrt(over_seeds + over_images)
 
 
-def levels(table: pd.DataFrame, size: Size) -> list[float]:
-    """The clean accuracies at which fronts are compared: the best of cross entropy, less what is given up."""
-    of_cross_entropy = table[table.loss == "cross entropy"]
-    best = max(values(of_cross_entropy, setting, "clean").mean() for setting in settings_of(of_cross_entropy))
-    return [best - given_up for given_up in size.given_up]
+def levels(table: pd.DataFrame, choice: Choice) -> list[float]:
+    """The clean accuracies at which fronts are compared: the best mean of cross entropy, less what is given up."""
+    settings = {setting for (loss, _), setting in choice.items() if loss == "cross entropy"}
+    best = max(values(table, setting, "clean").mean() for setting in settings)
+    return [round(best - given_up, 4) for given_up in LEVELS]
 
 
-def verdict(mean: float, half: float) -> str:
+def verdict(ours: Front, rival: Front, level: float) -> str:
     """Who is ahead, in the words of the table."""
-    if math.isnan(mean):
-        return "not reached"
+    seeds = sorted(set(ours.seeds) & set(rival.seeds))
+    if len(seeds) < 2:
+        return "not measured"
+    for front, words in ((ours, "not reached by this loss"), (rival, "not reached by it")):
+        if math.isnan(envelope(*front.points(seeds), level)):
+            return words
+    mean, half = difference(ours, rival, level)
+    if math.isnan(half):
+        return f"{mean:+.3f}, reached by some seeds only"
     words = "no difference" if abs(mean) <= half else "ahead" if mean > 0 else "behind"
     return f"{mean:+.3f} ± {half:.3f} {words}"
 
 
-def differences(table: pd.DataFrame, size: Size, data: str) -> str:
+def differences(table: pd.DataFrame, choice: Choice, data: str) -> str:
     """This loss against each other, at equal clean accuracy."""
-    header = [
-        "this loss less",
-        *(f"ε = {eps:g}, clean {level:.3f}" for eps in EPSILONS[data] for level in levels(table, size)),
-    ]
-    fronts = {(loss, eps): Front(table, loss, eps) for loss in size.losses for eps in EPSILONS[data]}
+    columns = [(eps, level) for eps in EPSILONS[data] for level in levels(table, choice)]
+    losses = list(dict.fromkeys(loss for loss, _ in choice))
+    fronts = {(loss, eps): front_of(table, choice, loss, eps) for loss in losses for eps in EPSILONS[data]}
     rows = [
-        [
-            rival,
-            *(
-                verdict(*difference(fronts[OURS, eps], fronts[rival, eps], level))
-                for eps in EPSILONS[data]
-                for level in levels(table, size)
-            ),
-        ]
-        for rival in size.losses
+        [rival, *(verdict(fronts[OURS, eps], fronts[rival, eps], level) for eps, level in columns)]
+        for rival in losses
         if rival != OURS
     ]
-    return markdown(header, rows)
+    return markdown(["this loss less", *(f"ε = {eps:g}, clean {level:.3f}" for eps, level in columns)], rows)
 
 
-def accuracies(table: pd.DataFrame, _: Size, data: str) -> str:
+def accuracies(table: pd.DataFrame, _: Choice, data: str) -> str:
     """Every setting, clean and attacked."""
     attacked = [(measure, eps) for eps in EPSILONS[data] for measure in ("fgsm", "pgd", "transfer", VERDICT)]
     titles = {"fgsm": "FGSM", "pgd": "PGD-40 x 3", "transfer": "transfer", VERDICT: "AutoAttack"}
@@ -210,14 +243,16 @@ MASKING = {
     "gradient_norm": "gradient",
     "gradient_zero": "zero gradients",
     "square_alone": "Square alone",
+    "after_apgd-ce": "APGD-CE",
     "apgd-ce_divided": "APGD-CE, logits of size 1",
     "pgd_large_epsilon": "PGD at ε = 0.5",
 }
 
+AT_EPSILON = ("square_alone", "after_apgd-ce", "apgd-ce_divided")
 
-def beyond(table: pd.DataFrame, _: Size, data: str) -> str:
+
+def beyond(table: pd.DataFrame, *_: object) -> str:
     """Calibration, unknown images, corruptions."""
-    del data
     rows = [
         [setting.loss, name_of(setting), *(cell(values(table, setting, measure)) for measure in BEYOND)]
         for setting in settings_of(table)
@@ -225,7 +260,7 @@ def beyond(table: pd.DataFrame, _: Size, data: str) -> str:
     return markdown(["loss", "setting", *BEYOND.values()], rows)
 
 
-def masking(table: pd.DataFrame, _: Size, data: str) -> str:
+def masking(table: pd.DataFrame, _: Choice, data: str) -> str:
     """Signs of masked gradients, at the larger epsilon."""
     eps = EPSILONS[data][1]
     steps = table[(table.measure == "pgd_steps") & (table.epsilon == eps)]
@@ -233,10 +268,7 @@ def masking(table: pd.DataFrame, _: Size, data: str) -> str:
     rows = [
         [setting.loss, name_of(setting)]
         + [cell(of_setting(steps[steps.level == count], setting).value) for count in counts]
-        + [
-            cell(values(table, setting, measure, eps if measure in ("square_alone", "apgd-ce_divided") else None))
-            for measure in MASKING
-        ]
+        + [cell(values(table, setting, measure, eps if measure in AT_EPSILON else None)) for measure in MASKING]
         for setting in settings_of(table)
     ]
     return markdown(["loss", "setting", *(f"PGD-{count:g}" for count in counts), *MASKING.values()], rows)
@@ -268,38 +300,37 @@ def progress(folder: Path, size: Size) -> str:
     finished = results.finished(folder)
     rows = []
     for stage in plan.STAGES:
-        for data in (*size.recipes, language.DATA):
+        for data in plan.sets_of(stage, size):
             try:
                 tasks = plan.tasks(size, stage, data, folder)
             except plan.SearchMissingError:
                 rows.append([stage, data, "0", "after the search"])
-                continue
-            if not tasks:
                 continue
             groups = [results.key_of(task.run, group) for task in tasks for group in task.groups]
             rows.append([stage, data, str(sum(key in finished for key in groups)), str(len(groups))])
     return markdown(["stage", "data", "finished", "planned"], rows)
 
 
-def draw_frontier(table: pd.DataFrame, data: str, path: Path) -> None:
-    """Robust against clean accuracy: every setting with its spread over the seeds, and the hull of each loss."""
+def draw_frontier(table: pd.DataFrame, choice: Choice, data: str, path: Path) -> None:
+    """Robust against clean accuracy: the chosen settings, their spread over the seeds, and the hull of each loss."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for axes, eps in zip(panels, EPSILONS[data], strict=True):
-        for loss in (loss for loss in SPACES if loss in set(table.loss)):
-            front = Front(table, loss, eps)
+        for loss in dict.fromkeys(loss for loss, _ in choice):
+            front = front_of(table, choice, loss, eps)
             if not front.seeds:
                 continue
-            robust = front.kept.mean(-1)
             style = {"color": COLORS[loss], "zorder": 3 if loss == OURS else 2}
-            points = front.clean.mean(0), robust.mean(0)
-            spread = {"xerr": front.clean.std(0), "yerr": robust.std(0), "elinewidth": 0.8}
-            label = "self-regularized entropy (this loss)" if loss == OURS else loss
+            points = front.points(front.seeds)
+            spread = [
+                part.mean(-1).std(0, ddof=1) if len(front.seeds) > 1 else 0 for part in (front.clean, front.robust)
+            ]
+            bars = {"xerr": spread[0], "yerr": spread[1], "elinewidth": 0.8}
             axes.errorbar(
-                *points, **spread, ls="", marker=MARKERS[loss], mec="black", mew=0.5, ms=8, label=label, **style
+                *points, **bars, ls="", marker=MARKERS[loss], mec="black", mew=0.5, ms=8, label=TITLES[loss], **style
             )
             grid = np.linspace(points[0].min(), points[0].max(), 100)
             axes.plot(grid, [envelope(*points, level) for level in grid], lw=1.5, **style)
-        axes.set(xlabel="clean accuracy", ylabel="accuracy under AutoAttack", title=rf"$\epsilon$ = {eps:g}")
+        axes.set(xlabel="clean accuracy", ylabel="accuracy under the strongest attack", title=rf"$\epsilon$ = {eps:g}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=160)
     plt.close(figure)
@@ -311,30 +342,39 @@ def draw_search(folder: Path, size: Size, data: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     for loss in size.losses:
         of_loss = trials[trials.loss == loss]
-        label = "self-regularized entropy (this loss)" if loss == OURS else loss
-        style = {"color": COLORS[loss], "zorder": 3 if loss == OURS else 2, "label": label}
+        style = {"color": COLORS[loss], "zorder": 3 if loss == OURS else 2, "label": TITLES[loss]}
         axes.scatter(of_loss.clean, of_loss.pgd, marker=MARKERS[loss], ec="black", lw=0.4, **style)
     best = trials[trials.loss == "cross entropy"].clean.max()
-    for given_up in size.given_up:
+    for given_up in LEVELS:
         axes.axvline(best - given_up, color="0.6", ls=":", lw=1)
-    low = best - 2.5 * max(size.given_up)
+    low = best - 2.5 * max(LEVELS)
     axes.set(xlabel="clean accuracy", ylabel="accuracy under PGD-20, mean of two ε", xlim=(low, None))
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
 
-def draw_probabilities(table: pd.DataFrame, size: Size, path: Path) -> None:
-    """Quantiles of the probability of a wrong class, and reliability, for the setting of least decay of each loss."""
+def draw_probabilities(table: pd.DataFrame, choice: Choice, path: Path) -> None:
+    """Quantiles of the probability of a wrong class, and reliability, for the most accurate setting of each loss."""
     figure, (quantiles, reliable) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for loss in size.losses:
-        setting = settings_of(table[table.loss == loss])[0]
+    for (loss, given_up), setting in choice.items():
         lines = of_setting(table, setting)
-        style = {"color": COLORS[loss], "marker": MARKERS[loss], "ms": 4, "label": f"{loss}, {name_of(setting)}"}
+        if given_up or lines.empty:
+            continue
+        style = {
+            "color": COLORS[loss],
+            "marker": MARKERS[loss],
+            "ms": 4,
+            "label": f"{TITLES[loss]}, {name_of(setting)}",
+        }
         wrong = lines[lines.measure == "wrong_log10_p"].groupby("level").value.mean()
         quantiles.plot(wrong.index, wrong, **style)
-        for_bin = lines[lines.measure.isin(["reliability", "confidence"])]
-        bins = for_bin.groupby(["measure", "level"]).value.mean().unstack(0)
+        bins = (
+            lines[lines.measure.isin(["reliability", "confidence"])]
+            .groupby(["measure", "level"])
+            .value.mean()
+            .unstack(0)
+        )
         reliable.plot(bins.confidence, bins.reliability, **style)
     reliable.plot([0, 1], [0, 1], color="0.6", lw=1, ls=":")
     quantiles.set(xlabel="quantile", ylabel=r"log$_{10}$ of wrong-class probability")
@@ -344,7 +384,7 @@ def draw_probabilities(table: pd.DataFrame, size: Size, path: Path) -> None:
     plt.close(figure)
 
 
-TABLES: dict[str, tuple[str, Callable[[pd.DataFrame, Size, str], str]]] = {
+TABLES: dict[str, tuple[str, Callable[[pd.DataFrame, Choice, str], str]]] = {
     "differences": ("fronts", differences),
     "accuracies": ("fronts", accuracies),
     "beyond": ("fronts", beyond),
@@ -357,15 +397,28 @@ TABLES: dict[str, tuple[str, Callable[[pd.DataFrame, Size, str], str]]] = {
 }
 
 
+def lines_of(stage: str, folder: Path, size: Size, data: str) -> pd.DataFrame:
+    """The lines of a stage's runs, whichever file they stand in: a run that two stages ask for was done once."""
+    try:
+        tasks = plan.tasks(size, stage, data, folder)
+    except plan.SearchMissingError:
+        tasks = []
+    groups = {group for task in tasks for group in task.groups}
+    table = results.read(folder)
+    table = table[table.group.isin(groups)]
+    # Where nan equals nan. Without lines or tasks there are no types to compare.
+    return table.merge(pd.DataFrame([task.run for task in tasks])) if len(table) else table
+
+
 def tables(folder: Path, size: Size) -> dict[str, str]:
     """All tables for which there are lines, by name and data set."""
     found = {"progress": progress(folder, size)}
     for name, (stage, make) in TABLES.items():
-        for data in (language.DATA,) if stage == "likelihood" else size.recipes:
-            lines = results.read(folder, stage)
-            lines = lines[lines.data == data]
+        for data in plan.sets_of(stage, size):
+            lines = lines_of(stage, folder, size, data)
             if len(lines):
-                found[f"{name}, {data}"] = make(lines, size, data)
+                choice = {} if data == language.DATA else plan.chosen(folder, size, data)
+                found[f"{name}, {data}"] = make(lines, choice, data)
     return found
 
 
@@ -375,15 +428,15 @@ def figures(folder: Path, size: Size) -> list[Path]:
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     drawn = []
     for data in size.recipes:
-        lines = results.read(folder, "fronts")
-        lines = lines[lines.data == data]
+        lines = lines_of("fronts", folder, size, data)
         if len(plan.trials(folder, data)):
             drawn.append(folder / f"search_{data}.png")
             draw_search(folder, size, data, drawn[-1])
         if len(lines):
+            choice = plan.chosen(folder, size, data)
             drawn += [folder / f"frontier_{data}.png", folder / f"probabilities_{data}.png"]
-            draw_frontier(lines, data, drawn[-2])
-            draw_probabilities(lines, size, drawn[-1])
+            draw_frontier(lines, choice, data, drawn[-2])
+            draw_probabilities(lines, choice, drawn[-1])
     return drawn
 
 
@@ -395,14 +448,12 @@ def fill(page: str, found: dict[str, str]) -> str:
     return page
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, size: Size) -> None:
     """Draws the figures and writes the tables."""
-    official = folder.resolve() == results.RESULTS
-    size = plan.FULL if official else plan.QUICK
     found = tables(folder, size)
     for path in figures(folder, size):
         print(f"figure: {path}")
-    if official:
+    if folder.resolve() == results.RESULTS:
         PAGE.write_text(fill(PAGE.read_text(), found))
         print(f"tables: {PAGE}")
     else:
@@ -414,7 +465,8 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=results.RESULTS, help="default: %(default)s")
-    folder = parser.parse_args().folder
-    if not any(folder.glob("*.csv")):
-        sys.exit(f"{folder} has no CSV file: python evidence/run.py makes them")
-    main(folder)
+    parser.add_argument("--quick", action="store_true", help="the folder was made by run.py --quick")
+    args = parser.parse_args()
+    if not any(args.folder.glob("*.csv")):
+        sys.exit(f"{args.folder} has no CSV file: python evidence/run.py makes them")
+    main(args.folder, plan.QUICK if args.quick else plan.FULL)

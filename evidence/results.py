@@ -1,4 +1,4 @@
-"""The CSV files: a line is one measure of one run, with every number that it depends on.
+"""The CSV files: a line is one measure of one run, with all that the run depends on. The commit tells the attacks.
 
 A stage has a file. Lines are only ever appended, a whole group of measures at a time, whose last line is the measure
 "seconds". Whatever a kill left unfinished is removed at the next start.
@@ -54,7 +54,7 @@ def append(path: Path, run: Run, group: str, measures: list[Measure], weights: s
     """Adds the measures of a group in one piece."""
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         path.parent.mkdir(parents=True, exist_ok=True)
         writer.writerow(COLUMNS)
     writer.writerows((*key_of(run, group), *map(text_of, measure), weights, *origin) for measure in measures)
@@ -64,17 +64,16 @@ def append(path: Path, run: Run, group: str, measures: list[Measure], weights: s
 
 def repair(path: Path) -> None:
     """Removes what a kill left: half a line, and groups without their last."""
-    if not path.exists():
-        return
     *lines, rest = path.read_text().split("\n")
-    kept, group = lines[:1], []
-    measure = COLUMNS.index("measure")
-    for line in lines[1:]:
+    kept, group = [], []
+    for line in lines:
         group.append(line)
-        if line.split(",")[measure] == LAST:
+        if line == ",".join(COLUMNS) or dict(zip(COLUMNS, next(csv.reader([line])), strict=False))["measure"] == LAST:
             kept, group = kept + group, []
     if rest or group:
-        path.write_text("".join(f"{line}\n" for line in kept))
+        mended = path.with_suffix(".mended")
+        mended.write_text("".join(f"{line}\n" for line in kept))
+        mended.replace(path)
 
 
 def read(folder: Path, stage: str = "*") -> pd.DataFrame:
@@ -83,8 +82,10 @@ def read(folder: Path, stage: str = "*") -> pd.DataFrame:
     tables = [pd.read_csv(path, dtype=texts) for path in sorted(folder.glob(f"{stage}.csv"))]
     if not tables:
         return pd.DataFrame(columns=COLUMNS)
-    what = [*Run._fields, "group", "measure", "epsilon", "level"]  # once, if two programs measured it side by side
-    return pd.concat(tables, ignore_index=True).drop_duplicates(what, ignore_index=True)
+    table = pd.concat(tables, ignore_index=True)
+    block = (table.measure == LAST).shift(fill_value=False).cumsum()  # the number of the group of each line
+    first = block.groupby([table[name] for name in (*Run._fields, "group")], dropna=False).transform("min")
+    return table[block == first].reset_index(drop=True)  # once, if two programs measured it side by side
 
 
 def finished(folder: Path) -> set[tuple[str, ...]]:

@@ -10,12 +10,12 @@ the folder of --data, Debian's dataset-fashion-mnist or torchvision; MNIST from 
 """
 
 import argparse
-import functools
 import multiprocessing
 import os
 import signal
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import data
@@ -68,25 +68,33 @@ def missing(tasks: list[Task], folder: Path) -> list[Task]:
     return left
 
 
-def perform(tasks: list[Task], args: argparse.Namespace, size: Size, title: str) -> None:
+def perform(stage: str, name: str, size: Size, args: argparse.Namespace) -> None:
     """Does what is missing of a stage, the workers side by side, and appends each result as it comes."""
-    left = missing(tasks, args.out)
+    try:
+        left = missing(plan.tasks(size, stage, name, args.out), args.out)
+    except plan.SearchMissingError as error:
+        print(f"{stage}, {name}: left out, {error}")
+        return
     if not left:
         return
     predicted = {results.key_of(task.run, ""): plan.seconds(task, size) for task in left}
     origin = (results.commit(), *results.versions())
-    context = multiprocessing.get_context("spawn")
-    job = functools.partial(work, size=size, folder=args.data)
+    workers = ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), start_worker)
     form = "{desc}: {percentage:3.0f}%|{bar}| {postfix}[{elapsed}<{remaining}]"
-    with (
-        context.Pool(args.workers, start_worker) as pool,
-        tqdm(total=sum(predicted.values()), desc=title, bar_format=form) as progress,
-    ):
-        for done, (task, weights, groups) in enumerate(pool.imap_unordered(job, left), 1):
-            for group, found in groups.items():
-                results.append(args.out / f"{task.stage}.csv", task.run, group, found, weights, origin)
-            progress.set_postfix_str(f"{done} of {len(left)} ", refresh=False)
-            progress.update(predicted[results.key_of(task.run, "")])
+    with workers, tqdm(total=sum(predicted.values()), desc=f"{stage}, {name}", bar_format=form) as progress:
+        try:
+            jobs = [workers.submit(work, task, size, args.data) for task in left]
+            for done, job in enumerate(as_completed(jobs), 1):
+                task, weights, groups = job.result()
+                for group, found in groups.items():
+                    results.append(args.out / f"{stage}.csv", task.run, group, found, weights, origin)
+                progress.set_postfix_str(f"{done} of {len(left)} ", refresh=False)
+                progress.update(predicted[results.key_of(task.run, "")])
+        except BaseException:  # else those that wait would still be done
+            workers.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def main() -> None:
@@ -95,7 +103,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small version, to evidence-quick/")
     parser.add_argument("--data", type=Path, help="folder with the four files of Fashion-MNIST")
     parser.add_argument("--sets", nargs="+", choices=plan.SETS, help="data sets (default: all that are found)")
-    parser.add_argument("--stages", nargs="+", choices=plan.STAGES, help="default: all; with --quick search, fronts")
+    parser.add_argument(
+        "--stages", nargs="+", choices=plan.STAGES, help="default: all; with --quick those before likelihood"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder of the CSV files (default: evidence/results)")
     args = parser.parse_args()
@@ -105,18 +115,20 @@ def main() -> None:
     args.out = args.out or (Path("evidence-quick") if args.quick else results.RESULTS)
     if args.sets is None:
         found = data.find_fashion(args.data) is not None
-        if not found and not args.quick:
-            sys.exit(data.NO_FASHION)
-        args.sets = (["fashion-mnist"] if found else ["mnist"]) if args.quick else list(plan.SETS)
-    stages = args.stages or (["search", "fronts"] if args.quick else list(plan.STAGES))
+        args.sets = ["fashion-mnist" if found else "mnist"] if args.quick else plan.SETS
+    if "fashion-mnist" in args.sets:
+        data.load("fashion-mnist", args.data)  # if it is missing, better now
+    if args.out.resolve() == results.RESULTS and results.commit().endswith("+"):
+        sys.exit("sre_triton or evidence has changes without a commit, so nobody could do this again: commit, or --out")
+    stages = args.stages or (["search", "refine", "fronts"] if args.quick else list(plan.STAGES))
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and not without ending the workers
     for path in args.out.glob("*.csv"):
         results.repair(path)
     for stage in stages:
         for name in args.sets:
-            perform(plan.tasks(size, stage, name, args.out), args, size, f"{stage}, {name}")
-    report.main(args.out)
+            perform(stage, name, size, args)
+    report.main(args.out, size)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """One training: what it is given, and the network that comes out."""
 
 import hashlib
-from collections.abc import Callable
 from typing import NamedTuple
 
 import attacks
@@ -42,8 +41,8 @@ ATTACK_STEPS = 7  # of projected gradient descent, in adversarial training: "Mad
 WARM_UP = 0.2  # of the steps, in which the learning rate grows
 
 
-def train(run: Run, data: Data, report: Callable[[float], None] = lambda share: None) -> nn.Module:
-    """A network in evaluation mode; ``report`` hears after every epoch which share of the training is done."""
+def train(run: Run, data: Data) -> nn.Module:
+    """A network in evaluation mode."""
     data = data.first(run.examples)
     labels = with_wrong_labels(data.labels, run.wrong_labels, run.seed) if run.wrong_labels else data.labels
     torch.manual_seed(run.seed)  # the first weights, the order of the images, and where attacks start
@@ -51,7 +50,9 @@ def train(run: Run, data: Data, report: Callable[[float], None] = lambda share: 
     optimizer = torch.optim.AdamW(model.parameters(), run.learning_rate, weight_decay=run.weight_decay)
     batches = len(labels) // run.batch
     steps = run.epochs * batches
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, run.learning_rate, total_steps=steps, pct_start=WARM_UP)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, run.learning_rate, total_steps=steps, pct_start=WARM_UP, cycle_momentum=False
+    )
     for epoch in range(run.epochs):
         order = torch.randperm(len(labels))[: batches * run.batch].split(run.batch)
         for number, rows in enumerate(order):
@@ -64,7 +65,6 @@ def train(run: Run, data: Data, report: Callable[[float], None] = lambda share: 
             loss.backward()
             optimizer.step()
             schedule.step()
-        report((epoch + 1) / run.epochs)
     return model.eval().requires_grad_(False)
 
 

@@ -42,6 +42,7 @@ except ImportError as error:
 # How GPT-2 splits text before it merges bytes: "Language Models are Unsupervised Multitask Learners", 2019, its code.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 VOCABULARY = 50257
+WEIGHT_DECAY = 0.1
 LOSSES = ("cross entropy", "self-regularized entropy")
 
 
@@ -162,7 +163,7 @@ def train(
     """A model that was trained on the tokens, its head with these options, and the milliseconds of a step."""
     torch.manual_seed(args.seed)
     model = LanguageModel(size, loss, **options).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.learning_rate, total_steps=size.steps, pct_start=0.1)
     autocast = torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=args.bf16)
     progress = tqdm(batches(tokens, size, size.steps, args.seed), loss, unit="step", disable=not show)

@@ -4,12 +4,14 @@ import csv
 import gzip
 import itertools
 import math
+import re
 import struct
 import sys
 from pathlib import Path
 
 import mpmath
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -35,7 +37,7 @@ finally:
     sys.path.remove(str(EVIDENCE))
 
 nan = math.nan
-SMALL = plan.Size({"mnist": (256, 1)}, ("cross entropy", "label smoothing", OURS), 2, (1, 2), (0.0, 0.5), 20, 20)
+SMALL = plan.Size({"mnist": (256, 1)}, ("cross entropy", "label smoothing", OURS), 2, 1, (1, 2), (0.0, 0.015), 20, 20)
 
 
 def setting(loss, strength=nan, c=nan, ramp=False, weight_decay=0.01):
@@ -93,12 +95,14 @@ def test_a_ramp_grows_through_half_of_the_training():
 
 
 def test_draws_cover_their_limits_evenly():
-    for loss, space in losses.SPACES.items():
-        drawn = losses.draw(loss, 24)
-        assert drawn == losses.draw(loss, 24) or math.isnan(space.low)
-        for column, (low, high) in (("strength", space[1:]), ("weight_decay", losses.WEIGHT_DECAY), ("c", losses.C)):
+    for loss in losses.SPACES:
+        box = losses.whole_box(loss)
+        drawn = losses.draw(loss, 24, box, 0)
+        assert len(set(map(str, drawn))) == 24
+        assert list(map(str, drawn)) == list(map(str, losses.draw(loss, 24, box, 0)))
+        for column, (low, high) in box._asdict().items():
             values = np.log([getattr(one, column) for one in drawn])
-            if np.isnan(values).any():
+            if math.isnan(low):
                 assert np.isnan(values).all()
                 continue
             places = (values - np.log(low)) / np.log(high / low)
@@ -106,7 +110,17 @@ def test_draws_cover_their_limits_evenly():
             assert places.min() >= -0.01
             assert places.max() <= 1.01
         assert {one.ramp for one in drawn} == ({False, True} if loss == OURS else {False})
-        assert len({one.weight_decay for one in drawn}) == 24
+
+
+def test_a_second_search_stays_around_the_first():
+    found = [setting(OURS, strength, c, weight_decay=decay) for strength, c, decay in ((0.1, 1e-3, 1), (0.4, 1e-2, 2))]
+    box = losses.narrowed(OURS, found)
+    assert box.strength == pytest.approx((0.05, 0.8))
+    assert box.c == pytest.approx((1e-3 / 10**0.5, 1e-2 * 10**0.5))
+    assert box.weight_decay == pytest.approx((0.5, 4))
+    alone = losses.narrowed("label smoothing", [setting("label smoothing", 0.6)])
+    assert alone.strength == pytest.approx((0.3, 0.9))  # no further than the whole space
+    assert np.isnan(alone.c).all()
 
 
 def test_an_idx_file_is_read(tmp_path):
@@ -173,7 +187,7 @@ def test_attacks_find_the_worst_image_of_a_line(attack, linear):
         images = attacks.fgsm(model, given, epsilon)
         kept = attacks.is_right(model, given._replace(images=images))
     else:
-        images = attacks.pgd(model, given, epsilon, 20, torch.Generator().manual_seed(0))
+        images = attacks.pgd(model, given, epsilon, 20, generator=torch.Generator().manual_seed(0))
         kept = attacks.withstands_pgd(model, given, epsilon, 20, restarts=2)
     assert (images - given.images).abs().max() <= epsilon * (1 + 1e-5)
     worst = margin - epsilon * normal.abs().sum()
@@ -228,30 +242,58 @@ def test_the_hull_of_a_front():
 
 
 def lines(run_, measures_, group="test", stage="fronts", folder=None):
-    results.append(
-        folder / f"{stage}.csv", run_, group, [*measures_, Measure("seconds", 1.0, 1)], "0" * 8, ("", "", "", "")
-    )
+    ended = [*measures_, Measure("seconds", 1.0, 1)]
+    results.append(folder / f"{stage}.csv", run_, group, ended, "0" * 8, ("", "", "", ""))
 
 
-def test_differences_are_paired_by_seed_and_by_image(tmp_path):
-    generator = np.random.default_rng(0)
-    gain = 0.05
+def test_bits_are_read_as_they_were_written():
+    flags = torch.rand(501, generator=torch.Generator().manual_seed(0)) < 0.3
+    measure = measures.share("clean", flags, keep=True)
+    table = pd.DataFrame([setting(OURS, 1.0, 1e-3)._asdict() | {"seed": 3, "measure": "clean", "kept": measure.kept}])
+    (seed, read), *others = report.flags(table, setting(OURS, 1.0, 1e-3), "clean", None, 501).items()
+    assert (seed, others) == (3, [])
+    assert read.tolist() == flags.tolist()
+
+
+@pytest.fixture
+def two_fronts(tmp_path):
+    """Two losses of one setting each: ours keeps a twentieth of the images more, of which others are lost by seed."""
+    generator = torch.Generator().manual_seed(0)
+    settings = setting("cross entropy"), setting(OURS, 1.0, 1e-3)
+    clean = torch.rand(1000, generator=generator) < 0.9
+    kept = torch.rand(500, generator=generator) < 0.5
+    more = kept | (torch.rand(500, generator=generator) < 0.1)
     for seed in range(1, 6):
-        for loss, more in ((setting("cross entropy"), 0), (setting(OURS, 1.0, 1e-3), gain)):
-            of_loss = plan.run_of(plan.FULL, "mnist", loss, seed)
-            lost = generator.integers(0, 5)
-            kept = "1" * (250 + int(500 * more) - lost) + "0" * (250 - int(500 * more) + lost)
-            attacked = [Measure("after_square", 0.5, 500, 0.1, nan, kept)]
-            lines(of_loss, [Measure("clean", 0.9, 1000)], folder=tmp_path)
-            lines(of_loss, attacked, "autoattack", folder=tmp_path)
+        for one, of_loss in zip(settings, (kept, more), strict=True):
+            left = of_loss & (torch.rand(500, generator=generator) < 0.99)
+            of_seed = plan.run_of(plan.FULL, "mnist", one, seed)
+            others = [measures.share(name, left | True, 0.1, keep=True) for name in report.STRONG[1:]]
+            lines(of_seed, [measures.share("clean", clean, keep=True), *others], folder=tmp_path)
+            lines(of_seed, [measures.share("after_square", left, 0.1, keep=True)], "autoattack", folder=tmp_path)
     table = results.read(tmp_path, "fronts")
-    fronts = [report.Front(table, loss, 0.1) for loss in (OURS, "cross entropy")]
-    mean, half = report.difference(*fronts, 0.9)
+    return [report.Front(table, [one], 0.1) for one in settings], (more & ~kept).double().mean().item()
+
+
+def test_differences_are_paired_by_seed_and_by_image(two_fronts):
+    (rival, ours), gain = two_fronts
+    mean, half = report.difference(ours, rival, 0.85)
     assert mean == pytest.approx(gain, abs=0.01)
-    # 25 of 500 images differ; Student's factor of five seeds is 2.776.
+    # Of images that both keep or both lose there is no variance; Student's factor of five seeds is 2.776.
     of_images = 2.776 * math.sqrt(gain * (1 - gain) / 500)
     assert 0.9 * of_images < half < of_images + 0.02
-    assert math.isnan(report.difference(*fronts, 0.95)[0])
+    assert report.verdict(ours, rival, 0.85).endswith("ahead")
+    assert report.verdict(rival, ours, 0.85).endswith("behind")
+    assert report.verdict(ours, ours, 0.85) == "+0.000 ± 0.000 no difference"
+    assert report.verdict(ours, rival, 0.99) == "not reached by this loss"
+
+
+def test_an_image_is_robust_if_it_withstands_every_attack(two_fronts, tmp_path):
+    table = results.read(tmp_path, "fronts")
+    every_second = torch.arange(500) % 2 == 0
+    table.loc[table.measure == "transfer", "kept"] = measures.bits(every_second)
+    (rival, _), _ = two_fronts
+    left = report.Front(table, [setting("cross entropy")], 0.1).robust
+    assert (left == rival.robust * every_second.double().numpy()).all()
 
 
 def test_files_survive_a_kill_in_the_middle_of_a_line(tmp_path):
@@ -260,35 +302,64 @@ def test_files_survive_a_kill_in_the_middle_of_a_line(tmp_path):
     lines(first, [Measure("clean", 0.9, 1000)], folder=tmp_path)
     whole = path.read_text()
     lines(second, [Measure("clean", 0.91, 1000)], folder=tmp_path)
-    for cut in range(len(whole), len(path.read_text())):
-        path.write_text(path.read_text()[:cut])
+    both = path.read_text()
+    header = whole.index("\n") + 1
+    for cut in range(len(both)):
+        path.write_text(both[:cut])
         results.repair(path)
-        assert path.read_text() == whole
+        assert path.read_text() == ("" if cut < header else both[:header] if cut < len(whole) else whole)
+        if cut < len(whole):
+            lines(first, [Measure("clean", 0.9, 1000)], folder=tmp_path)
         assert results.finished(tmp_path) == {results.key_of(first, "test")}
         lines(second, [Measure("clean", 0.91, 1000)], folder=tmp_path)
+        assert path.read_text() == both
     assert results.finished(tmp_path) == {results.key_of(one, "test") for one in (first, second)}
-    tasks = [plan.Task(one, ("test", "autoattack"), "fronts") for one in (first, second._replace(seed=3))]
+    tasks = [plan.Task(one, ("test", "autoattack")) for one in (first, second._replace(seed=3))]
     assert [task.groups for task in run.missing(tasks, tmp_path)] == [("autoattack",), ("test", "autoattack")]
 
 
+def test_measured_twice_counts_once(tmp_path):
+    one = plan.run_of(plan.FULL, "mnist", setting(OURS, 0.3, 1e-3), 1)
+    for value in (0.9, 0.8):
+        lines(one, [Measure("clean", value, 1000), Measure("ece", value, 1000)], folder=tmp_path)
+    lines(one, [Measure("after_square", 0.5, 500, 0.1)], "autoattack", folder=tmp_path)
+    table = results.read(tmp_path)
+    assert table.measure.tolist() == ["clean", "ece", "seconds", "after_square", "seconds"]
+    assert report.values(table, setting(OURS, 0.3, 1e-3), "clean").tolist() == [0.9]
+
+
 def test_a_setting_is_chosen_for_its_robustness_at_the_accuracy_that_may_be_given_up(tmp_path):
-    size = SMALL._replace(losses=("cross entropy", OURS), given_up=(0.01, 0.1))
-    found = {"cross entropy": [(0.90, 0.3), (0.85, 0.5)], OURS: [(0.88, 0.4), (0.84, 0.6)]}
+    size = SMALL._replace(losses=("cross entropy", OURS), given_up=(0.0, 0.01, 0.1), trials=3, refined=0)
+    found = {
+        "cross entropy": [(0.90, 0.3), (0.895, 0.4), (0.85, 0.5)],
+        OURS: [(0.88, 0.4), (0.84, 0.6), (0.7, 0.9)],
+    }
     with pytest.raises(plan.SearchMissingError, match="--stages search"):
         plan.chosen(tmp_path, size, "mnist")
+    drawn = {loss: losses.draw(loss, 3, losses.whole_box(loss), 0) for loss in found}
     for loss, trials in found.items():
-        for drawn, (clean, pgd) in zip(losses.draw(loss, 2), trials, strict=True):
-            of_trial = plan.run_of(size, "mnist", drawn, plan.SEARCH_SEED)
+        for one, (clean, pgd) in zip(drawn[loss], trials, strict=True):
+            of_trial = plan.run_of(size, "mnist", one, plan.SEARCH_SEED)
             both = [Measure("pgd", pgd - 0.1, 100, 0.1), Measure("pgd", pgd + 0.1, 100, 0.2)]
             lines(of_trial, [Measure("clean", clean, 100), *both], "validation", "search", tmp_path)
     choice = plan.chosen(tmp_path, size, "mnist")
-    of = {loss: [drawn.weight_decay for drawn in losses.draw(loss, 2)] for loss in found}
-    assert {key: chosen.weight_decay for key, chosen in choice.items()} == {
-        ("cross entropy", 0.01): of["cross entropy"][0],
-        ("cross entropy", 0.1): of["cross entropy"][1],
-        (OURS, 0.01): of[OURS][0],  # reached by none, so the most accurate one
-        (OURS, 0.1): of[OURS][1],
+    which = {key: [one.weight_decay for one in drawn[key[0]]].index(of.weight_decay) for key, of in choice.items()}
+    assert which == {
+        ("cross entropy", 0.0): 0,
+        ("cross entropy", 0.01): 1,
+        ("cross entropy", 0.1): 2,
+        (OURS, 0.0): 0,
+        (OURS, 0.01): 0,  # reached by none, so the most accurate one
+        (OURS, 0.1): 1,
     }
+    size = size._replace(refined=2)
+    with pytest.raises(plan.SearchMissingError, match="refine"):
+        plan.chosen(tmp_path, size, "mnist")
+    refined = [task.run.setting for task in plan.refine(size, "mnist", tmp_path)]
+    assert [one.loss for one in refined] == ["cross entropy", OURS] * 2
+    # Around the first of ours alone: the others are less accurate by more than is worth refining, or just by it.
+    box = losses.narrowed(OURS, drawn[OURS][:2])
+    assert all(box.strength[0] * 0.99 <= one.strength <= box.strength[1] * 1.01 for one in refined if one.loss == OURS)
 
 
 def test_the_same_run_gives_the_same_weights_and_another_seed_others():
@@ -308,38 +379,23 @@ def test_other_trainings_learn_too(changes):
 
 
 def test_the_whole_way_from_a_search_to_a_report(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "QUICK", SMALL)
     monkeypatch.setattr(measures, "FEW", 10)
-    monkeypatch.setattr(attacks, "ATTACKS", ("apgd-ce", "square"))
+    monkeypatch.setattr(attacks, "ATTACKS", ("apgd-ce", "square"))  # the other two take a minute
     monkeypatch.setattr(data, "find_fashion", lambda folder: None)
-    for stage in ("search", "fronts"):
+    for stage in ("search", "refine", "fronts"):
         for task in run.missing(plan.tasks(SMALL, stage, "mnist", tmp_path), tmp_path):
-            if stage == "fronts":
-                task = task._replace(groups=("test",))
             done, weights, groups = run.work(task, SMALL, None)
             for group, found in groups.items():
-                if group == "test":  # AutoAttack takes a minute
-                    kept = "01" * 10
-                    results.append(
-                        tmp_path / "fronts.csv",
-                        done.run,
-                        "autoattack",
-                        [
-                            *(Measure("after_square", 0.5, 20, eps, nan, kept) for eps in (0.1, 0.2)),
-                            Measure("seconds", 1.0, 1),
-                        ],
-                        weights,
-                        ("", "", "", ""),
-                    )
-                results.append(tmp_path / f"{done.stage}.csv", done.run, group, found, weights, ("", "", "", ""))
+                results.append(tmp_path / f"{stage}.csv", done.run, group, found, weights, ("", "", "", ""))
         assert run.missing(plan.tasks(SMALL, stage, "mnist", tmp_path), tmp_path) == []
-    table = results.read(tmp_path, "fronts")
-    assert set(measures.GROUPS) >= set(table.group)
+    table = report.lines_of("fronts", tmp_path, SMALL, "mnist")
+    assert set(table.group) == {"test", "autoattack"}
     assert table[table.measure.isin(["clean", "pgd", "transfer", "ece"])].value.between(0, 1).all()
-    report.main(tmp_path)
+    report.main(tmp_path, SMALL)
     out = capsys.readouterr().out
     assert f"{OURS} | λ = 1, c = 1e-07, decay 0.01" in out
-    assert "no difference" in out
+    for rival in ("cross entropy", "label smoothing"):
+        assert re.search(rf"^\| {rival} \|( [^|]+ \|){{6}}$", out, re.MULTILINE)  # two epsilons, three levels
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == {f"{name}_mnist.png" for name in ("search", "frontier", "probabilities")}
 
