@@ -28,25 +28,45 @@ ATTACK_US = {"small": 85, "residual": 230}
 LANGUAGE_SECONDS = 240.0
 
 
+class Recipe(NamedTuple):
+    """How much of a data set."""
+
+    examples: int
+    epochs: int
+    attacked: int  # images of the test set
+
+
 class Size(NamedTuple):
     """How much of everything."""
 
-    recipes: dict[str, tuple[int, int]]  # examples and epochs, by data
+    recipes: dict[str, Recipe]  # by data set
     losses: tuple[str, ...]
     trials: int  # for each loss, in all of its space
     refined: int  # more of them, around its front
     seeds: tuple[int, ...]
     given_up: tuple[float, ...]
-    attacked: int  # images of the test set
     validated: int  # images of the validation set that are attacked
 
 
 FULL = Size(
-    {"fashion-mnist": (50000, 8), "mnist": (3000, 40)}, tuple(SPACES), 24, 12, (1, 2, 3, 4, 5), GIVEN_UP, 500, 2000
+    recipes={"fashion-mnist": Recipe(50000, 8, 500), "mnist": Recipe(3000, 40, 250)},
+    losses=tuple(SPACES),
+    trials=24,
+    refined=12,
+    seeds=(1, 2, 3, 4, 5),
+    given_up=GIVEN_UP,
+    validated=2000,
 )
 QUICK = Size(
-    {"fashion-mnist": (10000, 3), "mnist": (3000, 10)}, ADVERSARIAL_LOSSES, 4, 2, (1, 2), (0.0, MIDDLE), 40, 500
+    recipes={"fashion-mnist": Recipe(10000, 3, 40), "mnist": Recipe(3000, 10, 40)},
+    losses=ADVERSARIAL_LOSSES,
+    trials=4,
+    refined=2,
+    seeds=(1, 2),
+    given_up=(0.0, MIDDLE),
+    validated=500,
 )
+LANGUAGE_SEEDS = (1, 2, 3)
 BATCH, LEARNING_RATE = 128, 2e-3
 
 
@@ -63,8 +83,10 @@ class Task(NamedTuple):
 
 def run_of(size: Size, data: str, setting: Setting, seed: int, **changes: object) -> Run:
     """A run of the small network with standard training, but for the changes."""
-    examples, epochs = size.recipes[data]
-    run = Run(data, "small", "standard", 0.0, *setting, seed, examples, epochs, BATCH, LEARNING_RATE, math.nan)
+    recipe = size.recipes[data]
+    run = Run(
+        data, "small", "standard", 0.0, *setting, seed, recipe.examples, recipe.epochs, BATCH, LEARNING_RATE, math.nan
+    )
     return run._replace(**changes)
 
 
@@ -182,9 +204,9 @@ def confirm(size: Size, data: str, choice_of_other: dict[tuple[str, float], Sett
             yield Task(run_of(size, data, setting, seed), ("test", "autoattack"))
 
 
-def likelihood(size: Size) -> Iterator[Task]:
+def likelihood() -> Iterator[Task]:
     """The language model, with every setting of its grid."""
-    for seed in size.seeds:
+    for seed in LANGUAGE_SEEDS:
         for setting in language.SETTINGS:
             yield Task(language.run_of(setting, seed), ("nll",))
 
@@ -198,7 +220,7 @@ def tasks(size: Size, stage: str, data: str, folder: Path) -> list[Task]:
     elif stage == "refine":
         found = refine(size, data, folder)
     elif stage == "likelihood":
-        found = likelihood(size)
+        found = likelihood()
     else:
         choice = chosen(folder, size, OTHER[data] if stage == "confirm" else data)
         found = {
@@ -237,6 +259,7 @@ def seconds(task: Task, size: Size) -> float:
         return LANGUAGE_SECONDS
     passes = 1 + ATTACK_STEPS if run.training == "pgd" else 1
     training = run.examples * run.epochs * passes * TRAINING_US[run.model]
-    of_test = {"clean": 2e3, "test": 1000 * size.attacked + 100e3, "autoattack": 5200 * size.attacked}
+    attacked = size.recipes[run.data].attacked
+    of_test = {"clean": 2e3, "test": 1000 * attacked + 100e3, "autoattack": 5200 * attacked}
     images = {"validation": 80 * size.validated, **of_test}
     return 1e-6 * (training + sum(images[group] for group in task.groups) * ATTACK_US[run.model])

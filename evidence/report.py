@@ -7,10 +7,11 @@ A table in docs/evidence.md stands between two comments with its name, and is wr
 """
 
 import argparse
+import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import language
@@ -33,6 +34,7 @@ TITLES = {loss: loss + " (this loss)" * (loss == OURS) for loss in SPACES}
 MARKERS = dict(zip(SPACES, "osvPDX*", strict=True))
 SETTING = list(Setting._fields)
 BOOTSTRAPS = 1000
+Point = dict[str, str | float]  # of a figure
 Choice = dict[tuple[str, float], Setting]  # what was chosen, by loss and accuracy given up
 
 
@@ -82,6 +84,11 @@ def cell(sample: pd.Series, digits: int = 3) -> str:
     if math.isnan(mean):
         return ""
     return f"{mean:.{digits}f}" if math.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def rounded(values: Iterable[float]) -> list[float]:
+    """To four digits: what a figure shows, and the same on every machine."""
+    return [round(float(value), 4) for value in values]
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -311,40 +318,58 @@ def progress(folder: Path, size: Size) -> str:
     return markdown(["stage", "data", "finished", "planned"], rows)
 
 
-def draw_frontier(table: pd.DataFrame, choice: Choice, data: str, path: Path) -> None:
-    """Robust against clean accuracy: the chosen settings, their spread over the seeds, and the hull of each loss."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for axes, eps in zip(panels, EPSILONS[data], strict=True):
+def front_points(table: pd.DataFrame, choice: Choice, data: str) -> list[Point]:
+    """The chosen settings: means over seeds of clean and robust accuracy, and standard deviations."""
+    found = []
+    for eps in EPSILONS[data]:
         for loss in dict.fromkeys(loss for loss, _ in choice):
             front = front_of(table, choice, loss, eps)
-            if not front.seeds:
+            if len(front.seeds) < 2:
                 continue
+            spreads = [part.mean(-1).std(0, ddof=1) for part in (front.clean, front.robust)]
+            for values in zip(*front.points(front.seeds), *spreads, strict=True):
+                names = ("clean", "robust", "clean_spread", "robust_spread")
+                found.append({"epsilon": eps, "loss": loss} | dict(zip(names, rounded(values), strict=True)))
+    return found
+
+
+def draw_fronts(points: list[Point], path: Path) -> None:
+    """Robust against clean accuracy: the chosen settings, their spread over the seeds, and the hull of each loss."""
+    table = pd.DataFrame(points)
+    epsilons = table.epsilon.unique()
+    figure, panels = plt.subplots(1, len(epsilons), figsize=(11, 4.8), layout="constrained", squeeze=False)
+    for axes, eps in zip(panels[0], epsilons, strict=True):
+        for loss, part in table[table.epsilon == eps].groupby("loss", sort=False):
             style = {"color": COLORS[loss], "zorder": 3 if loss == OURS else 2}
-            points = front.points(front.seeds)
-            spread = [
-                part.mean(-1).std(0, ddof=1) if len(front.seeds) > 1 else 0 for part in (front.clean, front.robust)
-            ]
-            bars = {"xerr": spread[0], "yerr": spread[1], "elinewidth": 0.8}
-            axes.errorbar(
-                *points, **bars, ls="", marker=MARKERS[loss], mec="black", mew=0.5, ms=8, label=TITLES[loss], **style
-            )
-            grid = np.linspace(points[0].min(), points[0].max(), 100)
-            axes.plot(grid, [envelope(*points, level) for level in grid], lw=1.5, **style)
+            bars = {"xerr": part.clean_spread, "yerr": part.robust_spread, "elinewidth": 0.8, "ls": ""}
+            marker = {"marker": MARKERS[loss], "mec": "black", "mew": 0.5, "ms": 8, "label": TITLES[loss]}
+            axes.errorbar(part.clean, part.robust, **bars, **marker, **style)
+            grid = np.linspace(part.clean.min(), part.clean.max(), 100)
+            hull = [envelope(part.clean.to_numpy(), part.robust.to_numpy(), level) for level in grid]
+            axes.plot(grid, hull, lw=1.5, **style)
         axes.set(xlabel="clean accuracy", ylabel="accuracy under the strongest attack", title=rf"$\epsilon$ = {eps:g}")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
 
-def draw_search(folder: Path, size: Size, data: str, path: Path) -> None:
+def search_points(folder: Path, data: str) -> list[Point]:
     """Every trial on the validation set."""
-    trials = plan.trials(folder, data)
+    return [
+        {"loss": row.loss, "clean": row.clean, "pgd": round(row.pgd, 4)}
+        for row in plan.trials(folder, data).itertuples()
+    ]
+
+
+def draw_search(points: list[Point], path: Path) -> None:
+    """Robust against clean accuracy, and, dotted, what is given up against the best of cross entropy."""
+    table = pd.DataFrame(points)
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    for loss in size.losses:
-        of_loss = trials[trials.loss == loss]
+    for loss in (loss for loss in SPACES if loss in set(table.loss)):
+        part = table[table.loss == loss]
         style = {"color": COLORS[loss], "zorder": 3 if loss == OURS else 2, "label": TITLES[loss]}
-        axes.scatter(of_loss.clean, of_loss.pgd, marker=MARKERS[loss], ec="black", lw=0.4, **style)
-    best = trials[trials.loss == "cross entropy"].clean.max()
+        axes.scatter(part.clean, part.pgd, marker=MARKERS[loss], ec="black", lw=0.4, **style)
+    best = table[table.loss == "cross entropy"].clean.max()
     for given_up in LEVELS:
         axes.axvline(best - given_up, color="0.6", ls=":", lw=1)
     low = best - 2.5 * max(LEVELS)
@@ -354,32 +379,35 @@ def draw_search(folder: Path, size: Size, data: str, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_probabilities(table: pd.DataFrame, choice: Choice, path: Path) -> None:
-    """Quantiles of the probability of a wrong class, and reliability, for the most accurate setting of each loss."""
-    figure, (quantiles, reliable) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+def probability_points(table: pd.DataFrame, choice: Choice) -> list[Point]:
+    """Quantiles of log10 p over the wrong classes, and accuracy by confidence, of the most accurate settings."""
+    found = []
     for (loss, given_up), setting in choice.items():
         lines = of_setting(table, setting)
         if given_up or lines.empty:
             continue
-        style = {
-            "color": COLORS[loss],
-            "marker": MARKERS[loss],
-            "ms": 4,
-            "label": f"{TITLES[loss]}, {name_of(setting)}",
-        }
-        wrong = lines[lines.measure == "wrong_log10_p"].groupby("level").value.mean()
-        quantiles.plot(wrong.index, wrong, **style)
-        bins = (
-            lines[lines.measure.isin(["reliability", "confidence"])]
-            .groupby(["measure", "level"])
-            .value.mean()
-            .unstack(0)
-        )
-        reliable.plot(bins.confidence, bins.reliability, **style)
-    reliable.plot([0, 1], [0, 1], color="0.6", lw=1, ls=":")
-    quantiles.set(xlabel="quantile", ylabel=r"log$_{10}$ of wrong-class probability")
-    reliable.set(xlabel="confidence", ylabel="accuracy")
-    quantiles.legend(frameon=False, fontsize=7)
+        names = {"loss": loss, "setting": name_of(setting)}
+        means = lines.groupby(["measure", "level"]).value.mean()
+        for level, value in means["wrong_log10_p"].items():
+            found.append({**names, "figure": "quantiles", "x": level, "y": round(value, 3)})
+        for level, value in means["reliability"].items():
+            x, y = rounded((means["confidence", level], value))
+            found.append({**names, "figure": "reliability", "x": x, "y": y})
+    return found
+
+
+def draw_probabilities(points: list[Point], path: Path) -> None:
+    """Both, side by side."""
+    table = pd.DataFrame(points)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axes, name in zip(panels, ("quantiles", "reliability"), strict=True):
+        for (loss, setting), part in table[table.figure == name].groupby(["loss", "setting"], sort=False):
+            style = {"color": COLORS[loss], "marker": MARKERS[loss], "ms": 4}
+            axes.plot(part.x, part.y, label=f"{TITLES[loss]}, {setting}", **style)
+    panels[0].set(xlabel="quantile", ylabel=r"log$_{10}$ of wrong-class probability")
+    panels[1].plot([0, 1], [0, 1], color="0.6", lw=1, ls=":")
+    panels[1].set(xlabel="confidence", ylabel="accuracy")
+    panels[0].legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
@@ -422,22 +450,30 @@ def tables(folder: Path, size: Size) -> dict[str, str]:
     return found
 
 
-def figures(folder: Path, size: Size) -> list[Path]:
-    """Draws everything for which there are lines."""
-    plt.switch_backend("Agg")
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    drawn = []
+def figures(folder: Path, size: Size) -> dict[str, list[Point]]:
+    """What each figure shows for which there are lines, by the name of its file."""
+    found = {}
     for data in size.recipes:
+        found[f"search_{data}"] = search_points(folder, data)
         lines = lines_of("fronts", folder, size, data)
-        if len(plan.trials(folder, data)):
-            drawn.append(folder / f"search_{data}.png")
-            draw_search(folder, size, data, drawn[-1])
         if len(lines):
             choice = plan.chosen(folder, size, data)
-            drawn += [folder / f"frontier_{data}.png", folder / f"probabilities_{data}.png"]
-            draw_frontier(lines, choice, data, drawn[-2])
-            draw_probabilities(lines, choice, drawn[-1])
-    return drawn
+            found[f"fronts_{data}"] = front_points(lines, choice, data)
+            found[f"probabilities_{data}"] = probability_points(lines, choice)
+    return {name: points for name, points in found.items() if points}
+
+
+def draw(found: dict[str, list[Point]], folder: Path) -> None:
+    """The figures, and what they show beside them."""
+    plt.switch_backend("Agg")
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    for name, points in found.items():
+        {"search": draw_search, "fronts": draw_fronts, "probabilities": draw_probabilities}[name.split("_")[0]](
+            points, folder / f"{name}.png"
+        )
+        lines = ",\n".join(json.dumps(point) for point in points)
+        (folder / f"{name}.json").write_text(f"[\n{lines}\n]\n")
+        print(f"figure: {folder / name}.png")
 
 
 def fill(page: str, found: dict[str, str]) -> str:
@@ -451,8 +487,7 @@ def fill(page: str, found: dict[str, str]) -> str:
 def main(folder: Path, size: Size) -> None:
     """Draws the figures and writes the tables."""
     found = tables(folder, size)
-    for path in figures(folder, size):
-        print(f"figure: {path}")
+    draw(figures(folder, size), folder)
     if folder.resolve() == results.RESULTS:
         PAGE.write_text(fill(PAGE.read_text(), found))
         print(f"tables: {PAGE}")

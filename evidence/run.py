@@ -2,7 +2,7 @@
 
     pip install '.[evidence]'
     python evidence/run.py --quick       five minutes on two cores: a small table and figure
-    python evidence/run.py               everything that is missing in evidence/results: a day and a half of one core
+    python evidence/run.py               all that is missing in evidence/results: 39 hours of one core
 
 Nothing that stands in the files is computed again: stop it whenever you like. Stages build on one another: "search"
 tries settings of every loss on the validation set, the others take what it chose to the test set. Data: plan.py, from
@@ -40,7 +40,7 @@ def work(task: Task, size: Size, folder: Path | None) -> tuple[Task, str, dict[s
         return task, checksum(model), {"nll": [Measure("nll", nll, language.TEST_TOKENS), seconds]}
     split = data.load(task.run.data, folder)
     model = train(task.run, split.train)
-    trained = Trained(model, task.run, split, folder, size.attacked, size.validated)
+    trained = Trained(model, task.run, split, folder, size.recipes[task.run.data].attacked, size.validated)
     groups = {}
     for group in task.groups:
         found = list(measures.GROUPS[group](trained))

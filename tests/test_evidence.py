@@ -3,6 +3,7 @@
 import csv
 import gzip
 import itertools
+import json
 import math
 import re
 import struct
@@ -37,7 +38,15 @@ finally:
     sys.path.remove(str(EVIDENCE))
 
 nan = math.nan
-SMALL = plan.Size({"mnist": (256, 1)}, ("cross entropy", "label smoothing", OURS), 2, 1, (1, 2), (0.0, 0.015), 20, 20)
+SMALL = plan.FULL._replace(
+    recipes={"mnist": plan.Recipe(256, 1, 20)},
+    losses=("cross entropy", OURS),
+    trials=2,
+    refined=1,
+    seeds=(1, 2),
+    given_up=(0.0, plan.MIDDLE),
+    validated=20,
+)
 
 
 def setting(loss, strength=nan, c=nan, ramp=False, weight_decay=0.01):
@@ -394,16 +403,21 @@ def test_the_whole_way_from_a_search_to_a_report(tmp_path, monkeypatch, capsys):
     report.main(tmp_path, SMALL)
     out = capsys.readouterr().out
     assert f"{OURS} | λ = 1, c = 1e-07, decay 0.01" in out
-    for rival in ("cross entropy", "label smoothing"):
-        assert re.search(rf"^\| {rival} \|( [^|]+ \|){{6}}$", out, re.MULTILINE)  # two epsilons, three levels
-    drawn = {path.name for path in tmp_path.glob("*.png")}
-    assert drawn == {f"{name}_mnist.png" for name in ("search", "frontier", "probabilities")}
+    assert re.search(r"^\| cross entropy \|( [^|]+ \|){6}$", out, re.MULTILINE)  # two epsilons, three levels
+    for name in ("search", "fronts", "probabilities"):
+        assert (tmp_path / f"{name}_mnist.png").read_bytes().startswith(b"\x89PNG")
+    fronts = json.loads((tmp_path / "fronts_mnist.json").read_text())
+    verdicts = table[(table.measure == "after_square") & (table.weight_decay != 0.01)].groupby("epsilon").value
+    for eps, found in verdicts:
+        assert max(point["robust"] for point in fronts if point["epsilon"] == eps) <= found.max()
 
 
 def test_what_is_committed_is_what_the_files_give():
     folder = results.RESULTS
     page = report.PAGE.read_text()
     assert report.fill(page, report.tables(folder, plan.FULL)) == page
+    shown = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert report.figures(folder, plan.FULL) == shown
     for path in folder.glob("*.csv"):
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
