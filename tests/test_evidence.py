@@ -391,6 +391,7 @@ def test_the_whole_way_from_a_search_to_a_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measures, "FEW", 10)
     monkeypatch.setattr(attacks, "ATTACKS", ("apgd-ce", "square"))  # the other two take a minute
     monkeypatch.setattr(data, "find_fashion", lambda folder: None)
+    monkeypatch.setattr(plan, "USUAL", losses.USUAL[-1:])
     for stage in ("search", "refine", "fronts"):
         for task in run.missing(plan.tasks(SMALL, stage, "mnist", tmp_path), tmp_path):
             done, weights, groups = run.work(task, SMALL, None)
