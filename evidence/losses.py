@@ -150,8 +150,8 @@ def narrowed(loss: str, settings: list[Setting]) -> Box:
 
 
 # What people take without a search. AdamW's own weight decay is 0.01.
-USUAL = [
+USUAL = (
     Setting("cross entropy", math.nan, math.nan, False, False, 0.01),
     Setting("label smoothing", 0.1, math.nan, False, False, 0.01),
     Setting(OURS, 1.0, 1e-7, False, False, 0.01),
-]
+)

@@ -45,6 +45,7 @@ class Size(NamedTuple):
     refined: int  # more of them, around its front
     seeds: tuple[int, ...]
     given_up: tuple[float, ...]
+    usual: tuple[Setting, ...]  # what stands beside the chosen settings
     validated: int  # images of the validation set that are attacked
 
 
@@ -55,15 +56,17 @@ FULL = Size(
     refined=12,
     seeds=(1, 2, 3, 4, 5),
     given_up=GIVEN_UP,
+    usual=USUAL,
     validated=2000,
 )
 QUICK = Size(
-    recipes={"fashion-mnist": Recipe(10000, 3, 40), "mnist": Recipe(3000, 10, 40)},
+    recipes={"fashion-mnist": Recipe(10000, 3, 30), "mnist": Recipe(3000, 10, 30)},
     losses=ADVERSARIAL_LOSSES,
     trials=4,
     refined=2,
     seeds=(1, 2),
     given_up=(0.0, MIDDLE),
+    usual=USUAL[-1:],
     validated=500,
 )
 LANGUAGE_SEEDS = (1, 2, 3)
@@ -164,7 +167,7 @@ def alternating(size: Size, data: str, drawn: dict[str, list[Setting]]) -> Itera
 def fronts(size: Size, data: str, choice: dict[tuple[str, float], Setting]) -> Iterator[Task]:
     """What was chosen, and what is usual, with everything measured."""
     for seed in size.seeds:
-        for setting in (*choice.values(), *USUAL):
+        for setting in (*choice.values(), *size.usual):
             yield Task(run_of(size, data, setting, seed), ("test", "autoattack"))
 
 
@@ -172,7 +175,7 @@ def wrong_labels(size: Size, data: str, choice: dict[tuple[str, float], Setting]
     """The same settings, trained with some labels wrong."""
     for seed in size.seeds:
         for share in WRONG_LABELS:
-            for setting in (*choice.values(), *USUAL):
+            for setting in (*choice.values(), *size.usual):
                 yield Task(run_of(size, data, setting, seed, wrong_labels=share), ("clean",))
 
 

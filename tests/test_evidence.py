@@ -45,6 +45,7 @@ SMALL = plan.FULL._replace(
     refined=1,
     seeds=(1, 2),
     given_up=(0.0, plan.MIDDLE),
+    usual=losses.USUAL[-1:],
     validated=20,
 )
 
@@ -391,7 +392,6 @@ def test_the_whole_way_from_a_search_to_a_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measures, "FEW", 10)
     monkeypatch.setattr(attacks, "ATTACKS", ("apgd-ce", "square"))  # the other two take a minute
     monkeypatch.setattr(data, "find_fashion", lambda folder: None)
-    monkeypatch.setattr(plan, "USUAL", losses.USUAL[-1:])
     for stage in ("search", "refine", "fronts"):
         for task in run.missing(plan.tasks(SMALL, stage, "mnist", tmp_path), tmp_path):
             done, weights, groups = run.work(task, SMALL, None)
