@@ -36,7 +36,7 @@ def run(name):
 
 
 def test_no_page_is_forgotten():
-    assert {path.stem for path in (ROOT / "docs").glob("*.md")} == PAGES
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} == PAGES | {"evidence"}  # which test_evidence.py reads
 
 
 def test_derivation_of_a_million_classes(capsys):

@@ -273,9 +273,11 @@ def test_two_collectives_a_step_and_none_in_the_backward(recompute, reduction, r
 
 def test_a_chunk_of_the_linear_loss_has_one_more(ranks):
     for forward, backward in ranks.run(2, counted, {"chunk_rows": 5}, None, True):
-        for rows, calls in ((5, forward[:3]), (N - 5, forward[3:])):
+        calls = []
+        for rows in (5, N - 5):
             numbers = {"all_gather": [11 + 4 * rows], "all_reduce": [2 * rows, D * rows]}  # the last is of the features
-            assert calls == [(name, 4 * n) for name in numbers for n in numbers[name]]
+            calls += [(name, 4 * n) for name in numbers for n in numbers[name]]
+        assert sorted(forward) == sorted(calls)  # that of the features begins when gloo has a thread for it
         assert backward == []
 
 
