@@ -224,7 +224,7 @@ def differences(table: pd.DataFrame, choice: Choice, data: str) -> str:
 def accuracies(table: pd.DataFrame, _: Choice, data: str) -> str:
     """Every setting, clean and attacked."""
     attacked = [(measure, eps) for eps in EPSILONS[data] for measure in ("fgsm", "pgd", "transfer", VERDICT)]
-    titles = {"fgsm": "FGSM", "pgd": "PGD-40 x 3", "transfer": "transfer", VERDICT: "AutoAttack"}
+    titles = {"fgsm": "FGSM", "pgd": "PGD-40, 4 starts", "transfer": "transfer", VERDICT: "AutoAttack"}
     header = ["loss", "setting", "clean", *(f"ε = {eps:g}: {titles[measure]}" for measure, eps in attacked)]
     rows = [
         [setting.loss, name_of(setting), cell(values(table, setting, "clean"))]
