@@ -84,7 +84,8 @@ def autoattack(
 ) -> Iterator[tuple[str, Tensor]]:
     """Name of an attack, and whether each image (N,) has kept its label under it and all before it.
 
-    "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks", arXiv:2003.01690.
+    "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks",
+    arXiv:2003.01690.
     """
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
     attack = AutoAttack(model, eps=epsilon, seed=SEED, version="standard")
