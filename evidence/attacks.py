@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from data import Data
+from models import logits_of
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
@@ -20,8 +21,7 @@ ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")  # of AutoAttack, in its own 
 
 def is_right(model: nn.Module, data: Data) -> Tensor:
     """Whether each image gets its label, (N,)."""
-    with torch.no_grad():
-        return torch.cat([model(part) for part in data.images.split(1000)]).argmax(1) == data.labels
+    return logits_of(model, data.images).argmax(1) == data.labels
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -106,6 +106,16 @@ def loss_of(setting: Setting, progress: float) -> Loss:
     return lambda logits, labels: RIVALS[setting.loss](logits, labels, strength)
 
 
+def name_of(setting: Setting) -> str:
+    """A setting as a reader wants it: its symbols, then the weight decay."""
+    symbol = SPACES[setting.loss].symbol
+    parts = [f"{symbol} = {setting.strength:g}"] if symbol else []
+    parts += [f"c = {setting.c:g}"] if not math.isnan(setting.c) else []
+    return ", ".join(
+        [*parts, *["class mean"] * setting.class_mean, *["ramp"] * setting.ramp, f"decay {setting.weight_decay:g}"]
+    )
+
+
 class Box(NamedTuple):
     """The limits between which a search draws, uniformly in the logarithm."""
 

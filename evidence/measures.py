@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from data import CORRUPTIONS, Data, Split
 from losses import USUAL
+from models import logits_of
 from scipy import optimize
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
-from training import Run, logits_of, train
+from training import Run, train
 
 EPSILONS = {"fashion-mnist": (0.02, 0.05), "mnist": (0.1, 0.2)}
 OTHER = {"fashion-mnist": "mnist", "mnist": "fashion-mnist"}  # out of distribution

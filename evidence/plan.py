@@ -1,7 +1,8 @@
 """Which runs there are: a search on the validation set, then, with what it chose, everything else."""
 
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,9 @@ ADVERSARIAL_LOSSES = ("cross entropy", "label smoothing", OURS)
 TRAINING_US = {"small": 75, "residual": 340}
 ATTACK_US = {"small": 85, "residual": 230}
 LANGUAGE_SECONDS = 240.0
+
+
+Choice = dict[tuple[str, float], Setting]  # what was chosen, by loss and accuracy given up
 
 
 class Recipe(NamedTuple):
@@ -114,7 +118,7 @@ def check(table: pd.DataFrame, size: Size, count: int, data: str) -> None:
         raise SearchMissingError(f"python evidence/run.py --stages search refine --sets {data} comes first")
 
 
-def chosen(folder: Path, size: Size, data: str) -> dict[tuple[str, float], Setting]:
+def chosen(folder: Path, size: Size, data: str) -> Choice:
     """By loss and accuracy given up: the most robust setting that still has that accuracy, on the validation set.
 
     Robust is the mean accuracy under PGD of 20 steps, with both objectives, at the two epsilons. A loss that reaches
@@ -131,6 +135,11 @@ def chosen(folder: Path, size: Size, data: str) -> dict[tuple[str, float], Setti
             row = allowed.loc[allowed.pgd.idxmax()] if len(allowed) else of_loss.loc[of_loss.clean.idxmax()]
             choice[loss, given_up] = setting_of(row)
     return choice
+
+
+def choice_for(stage: str, folder: Path, size: Size, data: str) -> Choice:
+    """What a stage that comes after the search takes: what the same data chose, or the other, if it is to confirm."""
+    return chosen(folder, size, OTHER[data] if stage == "confirm" else data)
 
 
 def front(table: pd.DataFrame) -> pd.DataFrame:
@@ -164,14 +173,14 @@ def alternating(size: Size, data: str, drawn: dict[str, list[Setting]]) -> Itera
             yield Task(run_of(size, data, setting, SEARCH_SEED), ("validation",))
 
 
-def fronts(size: Size, data: str, choice: dict[tuple[str, float], Setting]) -> Iterator[Task]:
+def fronts(size: Size, data: str, choice: Choice) -> Iterator[Task]:
     """What was chosen, and what is usual, with everything measured."""
     for seed in size.seeds:
         for setting in (*choice.values(), *size.usual):
             yield Task(run_of(size, data, setting, seed), ("test", "autoattack"))
 
 
-def wrong_labels(size: Size, data: str, choice: dict[tuple[str, float], Setting]) -> Iterator[Task]:
+def wrong_labels(size: Size, data: str, choice: Choice) -> Iterator[Task]:
     """The same settings, trained with some labels wrong."""
     for seed in size.seeds:
         for share in WRONG_LABELS:
@@ -179,19 +188,19 @@ def wrong_labels(size: Size, data: str, choice: dict[tuple[str, float], Setting]
                 yield Task(run_of(size, data, setting, seed, wrong_labels=share), ("clean",))
 
 
-def middle(choice: dict[tuple[str, float], Setting]) -> list[Setting]:
+def middle(choice: Choice) -> list[Setting]:
     """The setting of each loss that gives up a middling accuracy."""
     return [setting for (_, given_up), setting in choice.items() if given_up == MIDDLE]
 
 
-def residual(size: Size, data: str, choice: dict[tuple[str, float], Setting]) -> Iterator[Task]:
+def residual(size: Size, data: str, choice: Choice) -> Iterator[Task]:
     """The other network, at one setting of each loss."""
     for seed in size.seeds:
         for setting in middle(choice):
             yield Task(run_of(size, data, setting, seed, model="residual"), ("test", "autoattack"))
 
 
-def adversarial(size: Size, data: str, choice: dict[tuple[str, float], Setting]) -> Iterator[Task]:
+def adversarial(size: Size, data: str, choice: Choice) -> Iterator[Task]:
     """Adversarial training with the larger epsilon, for a few losses."""
     changes = {"training": "pgd", "train_epsilon": EPSILONS[data][1]}
     for seed in size.seeds:
@@ -200,7 +209,7 @@ def adversarial(size: Size, data: str, choice: dict[tuple[str, float], Setting])
                 yield Task(run_of(size, data, setting, seed, **changes), ("test", "autoattack"))
 
 
-def confirm(size: Size, data: str, choice_of_other: dict[tuple[str, float], Setting]) -> Iterator[Task]:
+def confirm(size: Size, data: str, choice_of_other: Choice) -> Iterator[Task]:
     """Settings that the other data set chose."""
     for seed in size.seeds:
         for setting in middle(choice_of_other):
@@ -216,7 +225,7 @@ def likelihood() -> Iterator[Task]:
 
 def tasks(size: Size, stage: str, data: str, folder: Path) -> list[Task]:
     """The tasks of a stage, in the order in which they are done; without repetition."""
-    if data not in STAGES[stage]:
+    if data not in sets_of(stage, size):
         return []
     if stage == "search":
         found = search(size, data)
@@ -225,7 +234,7 @@ def tasks(size: Size, stage: str, data: str, folder: Path) -> list[Task]:
     elif stage == "likelihood":
         found = likelihood()
     else:
-        choice = chosen(folder, size, OTHER[data] if stage == "confirm" else data)
+        choice = choice_for(stage, folder, size, data)
         found = {
             "fronts": fronts,
             "residual": residual,
@@ -234,6 +243,20 @@ def tasks(size: Size, stage: str, data: str, folder: Path) -> list[Task]:
             "wrong_labels": wrong_labels,
         }[stage](size, data, choice)
     return list({results.key_of(task.run, ""): task for task in found}.values())
+
+
+def lines_of(stages: Sequence[str], folder: Path, size: Size, data: str) -> pd.DataFrame:
+    """The lines of the stages' runs, whichever file they stand in: a run that two stages ask for was done once."""
+    wanted = []
+    for stage in stages:
+        with contextlib.suppress(SearchMissingError):
+            wanted += tasks(size, stage, data, folder)
+    groups = {group for task in wanted for group in task.groups}
+    table = results.read(folder)
+    table = table[table.group.isin(groups)]
+    if not len(table):  # without lines or tasks there are no types to compare
+        return table
+    return table.merge(pd.DataFrame([task.run for task in wanted]).drop_duplicates())  # where nan equals nan
 
 
 IMAGES = tuple(EPSILONS)

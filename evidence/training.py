@@ -8,7 +8,7 @@ import torch
 from data import Data, with_wrong_labels
 from losses import Setting, loss_of
 from models import MODELS
-from torch import Tensor, nn
+from torch import nn
 
 
 class Run(NamedTuple):
@@ -74,9 +74,3 @@ def checksum(model: nn.Module) -> str:
     for tensor in model.state_dict().values():
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()[:8]
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """(N, 1, 28, 28) -> (N, K), a thousand images at a time."""
-    return torch.cat([model(part) for part in images.split(1000)])

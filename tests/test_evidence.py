@@ -1,6 +1,7 @@
 """The losses, attacks and figures that evidence/ answers with, and what is committed there."""
 
 import csv
+import functools
 import gzip
 import itertools
 import json
@@ -23,7 +24,9 @@ EVIDENCE = Path(__file__).parents[1] / "evidence"
 sys.path.insert(0, str(EVIDENCE))
 try:
     import attacks
+    import comparison
     import data
+    import figures
     import losses
     import measures
     import plan
@@ -247,7 +250,7 @@ def test_known_and_unknown_are_told_apart():
 
 def test_the_hull_of_a_front():
     clean, robust = np.array([0.9, 0.8, 0.85]), np.array([0.2, 0.6, 0.1])
-    found = [report.envelope(clean, robust, level).item() for level in (0.95, 0.9, 0.85, 0.8, 0.7)]
+    found = [comparison.envelope(clean, robust, level).item() for level in (0.95, 0.9, 0.85, 0.8, 0.7)]
     assert found == pytest.approx([nan, 0.2, 0.4, 0.6, 0.6], nan_ok=True)
 
 
@@ -259,8 +262,10 @@ def lines(run_, measures_, group="test", stage="fronts", folder=None):
 def test_bits_are_read_as_they_were_written():
     flags = torch.rand(501, generator=torch.Generator().manual_seed(0)) < 0.3
     measure = measures.share("clean", flags, keep=True)
-    table = pd.DataFrame([setting(OURS, 1.0, 1e-3)._asdict() | {"seed": 3, "measure": "clean", "kept": measure.kept}])
-    (seed, read), *others = report.flags(table, setting(OURS, 1.0, 1e-3), "clean", None, 501).items()
+    table = pd.DataFrame(
+        [setting(OURS, 1.0, 1e-3)._asdict() | {"seed": 3, "measure": "clean", "kept": measure.kept, "count": 501}]
+    )
+    (seed, read), *others = comparison.images(table, setting(OURS, 1.0, 1e-3), "clean").items()
     assert (seed, others) == (3, [])
     assert read.tolist() == flags.tolist()
 
@@ -277,16 +282,16 @@ def two_fronts(tmp_path):
         for one, of_loss in zip(settings, (kept, more), strict=True):
             left = of_loss & (torch.rand(500, generator=generator) < 0.99)
             of_seed = plan.run_of(plan.FULL, "mnist", one, seed)
-            others = [measures.share(name, left | True, 0.1, keep=True) for name in report.STRONG[1:]]
+            others = [measures.share(name, left | True, 0.1, keep=True) for name in comparison.STRONG[1:]]
             lines(of_seed, [measures.share("clean", clean, keep=True), *others], folder=tmp_path)
             lines(of_seed, [measures.share("after_square", left, 0.1, keep=True)], "autoattack", folder=tmp_path)
     table = results.read(tmp_path, "fronts")
-    return [report.Front(table, [one], 0.1) for one in settings], (more & ~kept).double().mean().item()
+    return [comparison.Front(table, [one], 0.1) for one in settings], (more & ~kept).double().mean().item()
 
 
 def test_differences_are_paired_by_seed_and_by_image(two_fronts):
     (rival, ours), gain = two_fronts
-    mean, half = report.difference(ours, rival, 0.85)
+    mean, half = comparison.difference(ours, rival, 0.85)
     assert mean == pytest.approx(gain, abs=0.01)
     # Of images that both keep or both lose there is no variance; Student's factor of five seeds is 2.776.
     of_images = 2.776 * math.sqrt(gain * (1 - gain) / 500)
@@ -302,8 +307,64 @@ def test_an_image_is_robust_if_it_withstands_every_attack(two_fronts, tmp_path):
     every_second = torch.arange(500) % 2 == 0
     table.loc[table.measure == "transfer", "kept"] = measures.bits(every_second)
     (rival, _), _ = two_fronts
-    left = report.Front(table, [setting("cross entropy")], 0.1).robust
+    left = comparison.Front(table, [setting("cross entropy")], 0.1).robust
     assert (left == rival.robust * every_second.double().numpy()).all()
+
+
+def test_gains_are_paired_by_seed_and_by_image():
+    kept = {1: [1, 1, 0, 0], 2: [1, 1, 1, 0], 3: [1, 0, 0, 0]}
+    ours = {seed: np.array(flags, float) for seed, flags in kept.items()}
+    rival = {1: np.array([1.0, 0, 0, 0]), 2: np.array([1.0, 1, 0, 0]), 4: np.array([1.0, 1, 1, 1])}
+    mean, half = comparison.paired(ours, rival)  # of each image: (0, 1, 0, 0), then (0, 0, 1, 0)
+    assert mean == 0.25
+    assert half == pytest.approx(12.706 * math.sqrt(0 / 2 + (1 / 12) / 4), rel=1e-4)
+    assert comparison.paired(ours, ours) == (0, 0)
+    assert math.isnan(comparison.paired(ours, {1: ours[1]})[0])
+    mean, half = comparison.paired({1: np.array([0.3]), 2: np.array([0.1])}, {1: np.array([0.1]), 2: np.array([0.3])})
+    assert (mean, half) == (pytest.approx(0), pytest.approx(12.706 * 0.2, rel=1e-4))
+    assert report.gain({1: np.array([0.3]), 2: np.array([0.31])}, {1: np.array([0.0]), 2: np.array([0.0])}).startswith(
+        "**+0.3"
+    )
+
+
+def test_a_table_of_gains_leaves_out_what_nobody_measured(two_fronts, tmp_path):
+    (rival, ours), gained = two_fronts
+    table = results.read(tmp_path, "fronts")
+    settings = {"cross entropy": setting("cross entropy"), OURS: setting(OURS, 1.0, 1e-3)}
+    choice = {(loss, given_up): of for given_up in (0.0, 0.015) for loss, of in settings.items()}
+    choice["cross entropy", 0.015] = setting("cross entropy", weight_decay=3.0)
+    columns = [("robust", functools.partial(comparison.robust, epsilon=0.1))]
+    header, _, *rows = report.gains(columns, table, choice).splitlines()
+    assert header == "| this loss less | chosen for | robust |"
+    (row,) = rows
+    mean = (ours.robust - rival.robust).mean()
+    assert row.startswith(f"| cross entropy | accuracy | **{mean:+.3f} ± ")
+    assert mean == pytest.approx(gained, abs=0.01)
+
+
+def test_what_to_take_is_held_against_the_most_accurate_and_against_the_same_goal(two_fronts, tmp_path, monkeypatch):
+    (rival, ours), _ = two_fronts
+    table = results.read(tmp_path, "fronts").replace({"epsilon": {0.1: 0.2}})
+    monkeypatch.setattr(report, "EPSILONS", dict.fromkeys(measures.EPSILONS, (0.1, 0.2)))
+    less, more = setting("cross entropy"), setting(OURS, 1.0, 1e-3)
+    choice = {("cross entropy", 0.0): less, (OURS, 0.0): less, ("cross entropy", 0.015): more, (OURS, 0.015): more}
+    monkeypatch.setattr(plan, "chosen", lambda *_: choice)
+    monkeypatch.setattr(plan, "lines_of", lambda stages, *_: table if stages != ["likelihood"] else table.head(0))
+    accurate, robust = report.take(tmp_path, SMALL).splitlines()[2:]
+    none = "+0.000 ± 0.000"
+    gained = f"**{(ours.robust - rival.robust).mean():+.3f} ± "
+    assert accurate.split(" | ")[8:] == [none, none, none, f"{none} |"]
+    assert robust.split(" | ")[3:5] == ["1", "0.001"]
+    clean, of_accurate, of_goal, of_other = robust.split(" | ")[8:]
+    assert (clean, of_goal, of_other) == (none, none, f"{none} |")
+    assert of_accurate.startswith(gained)
+
+
+def test_a_front_without_autoattack_has_no_seeds(two_fronts, tmp_path):
+    table = results.read(tmp_path, "fronts")
+    front = comparison.Front(table[table.group == "test"], [setting("cross entropy")], 0.1)
+    assert front.seeds == []
+    assert report.verdict(front, front, 0.85) == "not measured"
 
 
 def test_files_survive_a_kill_in_the_middle_of_a_line(tmp_path):
@@ -335,7 +396,7 @@ def test_measured_twice_counts_once(tmp_path):
     lines(one, [Measure("after_square", 0.5, 500, 0.1)], "autoattack", folder=tmp_path)
     table = results.read(tmp_path)
     assert table.measure.tolist() == ["clean", "ece", "seconds", "after_square", "seconds"]
-    assert report.values(table, setting(OURS, 0.3, 1e-3), "clean").tolist() == [0.9]
+    assert comparison.values(table, setting(OURS, 0.3, 1e-3), "clean").tolist() == [0.9]
 
 
 def test_a_setting_is_chosen_for_its_robustness_at_the_accuracy_that_may_be_given_up(tmp_path):
@@ -398,13 +459,18 @@ def test_the_whole_way_from_a_search_to_a_report(tmp_path, monkeypatch, capsys):
             for group, found in groups.items():
                 results.append(tmp_path / f"{stage}.csv", done.run, group, found, weights, ("", "", "", ""))
         assert run.missing(plan.tasks(SMALL, stage, "mnist", tmp_path), tmp_path) == []
-    table = report.lines_of("fronts", tmp_path, SMALL, "mnist")
+    table = plan.lines_of(["fronts"], tmp_path, SMALL, "mnist")
     assert set(table.group) == {"test", "autoattack"}
     assert table[table.measure.isin(["clean", "pgd", "transfer", "ece"])].value.between(0, 1).all()
     report.main(tmp_path, SMALL)
     out = capsys.readouterr().out
     assert f"{OURS} | λ = 1, c = 1e-07, decay 0.01" in out
     assert re.search(r"^\| cross entropy \|( [^|]+ \|){6}$", out, re.MULTILINE)  # two epsilons, three levels
+    take = [row.split(" | ") for row in out.splitlines() if row.startswith("| 10 | mnist | ")]
+    assert [row[2] for row in take] == ["accuracy", "robustness for 1.5 points"]
+    wanted = plan.chosen(tmp_path, SMALL, "mnist")[OURS, 0.0]
+    assert take[0][3:5] == [f"{wanted.strength:.2g}", f"{wanted.c:.1g}"]
+    assert all(re.fullmatch(r"\**[+-]\d\.\d{3} ± \d\.\d{3}\**", cell) for cell in take[0][8:11])
     for name in ("search", "fronts", "probabilities"):
         assert (tmp_path / f"{name}_mnist.png").read_bytes().startswith(b"\x89PNG")
     fronts = json.loads((tmp_path / "fronts_mnist.json").read_text())
@@ -417,8 +483,11 @@ def test_what_is_committed_is_what_the_files_give():
     folder = results.RESULTS
     page = report.PAGE.read_text()
     assert report.fill(page, report.tables(folder, plan.FULL)) == page
+    places = re.findall("<!-- table: (.*) -->", page)
+    of_data = [f"{name}, {data}" for name, (stages, _) in report.TABLES.items() for data in plan.STAGES[stages[0]]]
+    assert sorted(places) == sorted(["progress", "take", *of_data])
     shown = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
-    assert report.figures(folder, plan.FULL) == shown
+    assert figures.all_points(folder, plan.FULL) == shown
     for path in folder.glob("*.csv"):
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
