@@ -1312,9 +1312,12 @@ class Step:
         modifiers = [x for x in parts[1:-1] if x not in ("rn", "lo")]
         if kind == "f32x2" and not modifiers:
             a, b = self._two("u64")
-            both = lambda m: function(
-                *np.broadcast_arrays(*(np.broadcast_to(x(m), (m.n,)).copy().view(np.float32) for x in (a, b)))
-            )  # noqa: E731, E501
+
+            def both(m):
+                return function(
+                    *np.broadcast_arrays(*(np.broadcast_to(x(m), (m.n,)).copy().view(np.float32) for x in (a, b)))
+                )
+
             self._write(self.ops[0], "u64", lambda m: both(m).view(np.uint64))
             return
         if kind in ("bf16", "f16") and modifiers == ["f32"]:
