@@ -38,7 +38,7 @@ import triton
 from cross_compile import MULTIPROCESSORS, SHARED, TARGETS, Code, compile_only
 from tqdm import tqdm
 
-from sre_triton import launch
+from sre_triton.kernels import primitives
 
 CLASSES = (10, 100, 1000, 1024, 4096, 8192, 16384, 21841, 32768, 50257, 65536, 128256, 262144)
 DTYPES = ("bfloat16", "float32")
@@ -100,7 +100,7 @@ def call(kernel: str, num_classes: int, dtype: torch.dtype, options: dict[str, o
         "row_gradient": (target, weight, stats, scale, *scalars),
         "scale_gradient": (torch.ones(()),),
     }[kernel]
-    getattr(launch, {"scale_gradient": "scale_gradient_"}.get(kernel, kernel))(logits, *given)
+    getattr(primitives, {"scale_gradient": "scale_gradient_"}.get(kernel, kernel))(logits, *given)
 
 
 def line(target: str, kernel: str, dtype: str, num_classes: int, options: str = "default") -> dict[str, object]:

@@ -10,34 +10,23 @@ For one row of logits z with target class g, p = softmax(z) and c = 1e-7:
 The letters, everywhere in the code: N rows, K classes, D features of a linear layer, c the suppression level,
 lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the weight of S, ε label smoothing, α z-loss.
 
-    messages.py    what an error says, briefly whatever came, and where a warning is
-    reference.py   the definition, in plain PyTorch
-    eager.py       the same in few operations, for plain autograd
-    ops.py         the primitives' signatures, registered with PyTorch
-    tiles.py       Triton: the mathematics of a tile of classes
-    rows.py        Triton: the numbers of a row
-    loads.py       Triton: where a row's classes lie in memory
-    kernels.py     Triton: the kernels
-    scalars.py     Triton: the small kernels of a step, for the mean and the upstream gradient
-    plan.py        which way a kernel takes: the table
-    launch.py      the primitives, launched on a GPU
-    coin.py        torch.compile: the mathematics of a class
-    passes.py      torch.compile: that of a row, written to become one loop over the rows
-    compiled.py    torch.compile: asked once for every set of options
-    fallback.py    torch.compile: the primitives
-    backend.py     chooses between them
-    shard.py       which classes a rank has
-    collectives.py what the ranks tell each other
-    dtensor.py     DTensors: what of them is here
-    checks.py      user input -> errors that say what was expected and what came
-    layer.py       whether a layer is a product with its weight, and no more
-    autograd.py    the two ways to the gradient
-    loss.py        the public function
-    flops.py       what FlopCounterMode counts
-    chunks.py      a linear layer and its loss, a chunk of rows at a time
-    linear.py      the public function for both together
-    modules.py     the nn.Modules
-    schedule.py    how λ grows during training
+    functional      loss.py, linear.py: the public functions;  modules.py, schedule.py
+    arguments       checks.py: what the user passes;  messages.py: what an error says;  layer.py: a layer, or more
+    definition      reference.py;  eager.py: the same in few operations, for plain autograd
+    gradients       autograd.py: the two ways to one;  chunks.py, flops.py: linear + loss, a chunk of rows at a time
+    the seam        primitives.py: five signatures, registered with PyTorch;  backend.py: who computes them
+    kernels/        Triton, for GPUs
+        groups.py, formulas.py      the mathematics of a tile of classes
+        rows.py, memory.py          the statistics of a row; where its classes lie in memory
+        walks.py, kernels.py        sums over a row's tiles, and their gradient; the kernels
+        small.py                    the small kernels of a step: the mean, the upstream gradient
+        plan.py, launch.py          which way a kernel takes: the table; its launch
+        primitives.py               the five, as launches
+    compiled/       torch.compile, for machines without Triton and for float64
+        formulas.py, passes.py      the mathematics of a class; that of rows, written to become one loop
+        inductor.py                 the compiler, asked once for every set of options
+        primitives.py               the five, as passes
+    sharding/       shard.py: the classes of a rank;  collectives.py: what ranks tell each other;  dtensor.py
 """
 
 from .linear import linear_self_regularized_entropy
@@ -45,7 +34,7 @@ from .loss import self_regularized_entropy
 from .modules import LinearSelfRegularizedEntropyLoss, SelfRegularizedEntropyLoss
 from .reference import Parts
 from .schedule import ramp
-from .shard import VocabShard
+from .sharding.shard import VocabShard
 
 __version__ = "0.1.0"
 

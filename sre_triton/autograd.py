@@ -3,7 +3,7 @@
 In a *single pass* it is computed together with the loss, already divided by the mean's denominator, and the backward
 hands it over, multiplied by the upstream gradient where that is not 1. With *recompute* the forward keeps seven numbers
 a row and the backward reads the logits again. Where classes are sharded, the losses and numbers of the rows come with
-the arguments (collectives.py), and the two ways differ in when they compute the gradient.
+the arguments (sharding/collectives.py), and the two ways differ in when they compute the gradient.
 """
 
 import functools
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .backend import primitives
-from .ops import DOUBLE_BACKWARD, FORWARD_AD, is_batched, is_watched, kept_options, options_again
+from .primitives import DOUBLE_BACKWARD, FORWARD_AD, is_batched, is_watched, kept_options, options_again
 
 SECOND_BACKWARD = (
     "self_regularized_entropy: the gradient was computed together with the loss and handed over by the first backward; "
@@ -30,7 +30,7 @@ def reduced(losses: Tensor, factor: Tensor, reduction: str, backend: str) -> Ten
 
 
 def few_launches(rows: Tensor, backend: str) -> bool:
-    """Whether the kernels of scalars.py do what takes PyTorch several launches, for numbers of rows in eager code."""
+    """Whether kernels/small.py does in one launch what takes PyTorch several, for numbers of rows in eager code."""
     plain = type(rows) in (Tensor, torch.nn.Parameter) and not (rows.is_meta or is_watched() or is_batched(rows))
     return backend == "triton" and plain and 0 < rows.shape[0] <= primitives(backend).FEW_ROWS
 

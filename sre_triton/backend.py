@@ -14,7 +14,9 @@ def has_triton(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     if device.type == "cpu":
-        return primitives("triton").INTERPRETED
+        from .kernels.launch import INTERPRETED
+
+        return INTERPRETED
     if device.type == "cuda" and torch.version.hip is None:
         return torch.cuda.get_device_capability(device) >= (7, 0)
     return device.type in (*GPUS, "meta")
@@ -63,9 +65,7 @@ def choose(backend: str | None, logits: Tensor, differentiable_arguments: bool) 
 def primitives(name: str) -> ModuleType:
     """The module that holds the backend's primitives."""
     if name == "triton":
-        from . import launch
-
-        return launch
-    from . import fallback
-
-    return fallback
+        from .kernels import primitives as of_backend
+    else:
+        from .compiled import primitives as of_backend
+    return of_backend

@@ -13,8 +13,8 @@ from torch.masked import MaskedTensor
 from torch.nn.parameter import UninitializedTensorMixin
 
 from .messages import of_shape, warn_user, wrong
-from .ops import is_watched, value_on_cpu
-from .shard import VocabShard
+from .primitives import is_watched, value_on_cpu
+from .sharding.shard import VocabShard
 
 GAPS = (UninitializedTensorMixin, MaskedTensor)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -10,7 +10,8 @@ The products are PyTorch's. Each reads W once a chunk, and dW is read and writte
 of many rows and much beside one of few: that decides how many rows make a chunk.
 
 Where the classes are sharded, W and b are those of this rank's classes, row_lse, row_sums and row_gradient_ take the
-place of the one pass (collectives.py), and dx is a sum over the ranks, on its way while the next chunk is computed.
+place of the one pass (sharding/collectives.py), and dx is a sum over the ranks, on its way while the next chunk is
+computed.
 """
 
 from typing import NamedTuple
@@ -20,9 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .backend import primitives
-from .collectives import row_stats, sum_of_weights
 from .flops import count_flops
-from .ops import (
+from .primitives import (
     DOUBLE_BACKWARD,
     NUM_LOSSES,
     NUM_OPTIONS,
@@ -36,7 +36,8 @@ from .ops import (
     without_forward_ad,
 )
 from .reference import compute_dtype
-from .shard import group_of
+from .sharding.collectives import row_stats, sum_of_weights
+from .sharding.shard import group_of
 
 # Logits of a chunk, and the rows it has at least.
 # On a GPU 512 MiB in bfloat16. While an H100 moves a byte it does 330 operations of a product in bfloat16, and of dW it

@@ -41,7 +41,7 @@ def row_loss(
     z_loss: float | Tensor | None,
     softcap: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each row, (N,), and, detached, its losses as in ops.py, (4, N)."""
+    """The loss of each row, (N,), and, detached, its losses as in primitives.py, (4, N)."""
     num_classes = logits.shape[1]
     indices = target.dim() == 1
     look = indices and not none_ignored

@@ -26,9 +26,9 @@ from .checks import (
 )
 from .chunks import How, linear_losses_and_gradients
 from .loss import backend_of, factor_of, is_transformed, options_of, per_class_of, result_of, returned, share_of
-from .ops import DOUBLE_BACKWARD, hidden_from_modes, is_exporting, is_watched, kept_options, options_again
+from .primitives import DOUBLE_BACKWARD, hidden_from_modes, is_exporting, is_watched, kept_options, options_again
 from .reference import Parts
-from .shard import VocabShard
+from .sharding.shard import VocabShard
 
 SECOND_BACKWARD = (
     "linear_self_regularized_entropy: the gradients were computed together with the loss and handed over by the first "
@@ -286,7 +286,7 @@ def linear_self_regularized_entropy(
     check_are_tensors(needed, {"linear_bias": linear_bias, "weight": weight})
     layout = None
     if is_dtensor(input) or is_dtensor(linear_weight):
-        from .dtensor import of_linear
+        from .sharding.dtensor import of_linear
 
         input, linear_weight, linear_bias, target, weight, shard, layout = of_linear(
             input, linear_weight, linear_bias, target, weight, shard

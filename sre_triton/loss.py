@@ -22,10 +22,10 @@ from .checks import (
     of_shard,
     warn_once,
 )
-from .collectives import row_loss
-from .ops import NUM_LOSSES, hidden_from_modes, is_exporting, is_watched, value_on_cpu
+from .primitives import NUM_LOSSES, hidden_from_modes, is_exporting, is_watched, value_on_cpu
 from .reference import Parts, compute_dtype, sample_weights
-from .shard import VocabShard
+from .sharding.collectives import row_loss
+from .sharding.shard import VocabShard
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def per_class_of(class_mean: bool | None, num_classes: int) -> float:
 def options_of(
     c, reg_weight, ignore_index, label_smoothing, z_loss, softcap, per_class: float, backend: str, rows: Tensor, shard
 ) -> tuple:
-    """The last arguments of the primitives, ops.OPTIONS: λ' is λ times what the mean over the classes makes of it."""
+    """The last arguments of the primitives (OPTIONS): λ' is λ times what the mean over the classes makes of it."""
     number, device = float, "cpu"
     if torch.compiler.is_compiling():
         # A tensor times a number is traced without compiling the number in. In a graph for a GPU, nothing may lie on
@@ -124,7 +124,7 @@ def backend_of(
 
 
 def share_of(layout, reduction: str, denominator) -> tuple[str, float]:
-    """How this rank reduces its rows, and which share the mean of them has in the mean of all (dtensor.py)."""
+    """How this rank reduces its rows, and which share the mean of them has in the mean of all (sharding/dtensor.py)."""
     if layout is None or reduction != "mean" or denominator is not None:
         return reduction, 1.0
     return ("mean", layout.share) if layout.share else ("sum", 1.0)  # there is no mean of no rows
@@ -266,7 +266,7 @@ def self_regularized_entropy(
     check_are_tensors({"input": input, "target": target}, {"weight": weight})
     layout = None
     if is_dtensor(input):
-        from .dtensor import of_logits
+        from .sharding.dtensor import of_logits
 
         input, target, weight, shard, layout = of_logits(input, target, weight, shard)
     if shard is not None and input.dim() > 0:

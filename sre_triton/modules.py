@@ -23,7 +23,7 @@ from .linear import linear_self_regularized_entropy
 from .loss import self_regularized_entropy
 from .messages import wrong
 from .reference import Parts
-from .shard import VocabShard
+from .sharding.shard import VocabShard
 
 LARGEST = torch.finfo(torch.float32).max
 # Of these a whole number is kept as a float: torch.compile makes a graph for every int that a module has.

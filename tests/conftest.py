@@ -11,7 +11,8 @@ if not torch.cuda.is_available():
 
 from ranks import Ranks
 
-from sre_triton import checks, compiled
+from sre_triton import checks
+from sre_triton.compiled import inductor
 
 torch.set_num_threads(1)  # The tests run in two processes.
 
@@ -33,8 +34,8 @@ def _warned(monkeypatch):
 @pytest.fixture
 def uncompiled(monkeypatch):
     """Everything runs as on a machine without a compiler, which takes no time to compile."""
-    monkeypatch.setattr(compiled, "_compiled", {})
-    monkeypatch.setattr(compiled, "_uncompiled", {"cpu"})
+    monkeypatch.setattr(inductor, "_compiled", {})
+    monkeypatch.setattr(inductor, "_uncompiled", {"cpu"})
 
 
 # "triton" is the kernels in Triton's interpreter, "gpu" the same tests with their tensors on a GPU.

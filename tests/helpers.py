@@ -4,7 +4,7 @@ import mpmath
 import torch
 
 from sre_triton import reference, self_regularized_entropy
-from sre_triton.ops import as_tensors
+from sre_triton.primitives import as_tensors
 
 # Every option, alone and together. "weight" and "target" are filled in by `problem`.
 OPTIONS = {

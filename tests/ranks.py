@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sre_triton import checks, compiled
+from sre_triton import checks
+from sre_triton.compiled import inductor
 
 TIMEOUT = 60  # seconds: what a test may take
 
@@ -35,7 +36,7 @@ def _join(rank, num_ranks, folder, kind, timeout=TIMEOUT):
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     checks._warned.update(checks.ONCE)
-    compiled._uncompiled.add("cpu")
+    inductor._uncompiled.add("cpu")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if kind == "nccl":
         torch.cuda.set_device(rank)

@@ -8,7 +8,8 @@ from helpers import linear_problem, linear_truth, problem, truth
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sre_triton import compiled, linear_self_regularized_entropy, self_regularized_entropy
+from sre_triton import linear_self_regularized_entropy, self_regularized_entropy
+from sre_triton.compiled import inductor
 
 
 class Doubling(TorchFunctionMode):
@@ -100,7 +101,7 @@ TOGETHER = [name for name in STATES if name not in ("dispatch mode", "device", "
 
 @pytest.mark.parametrize("first", [TOGETHER, [*TOGETHER, "dispatch mode"], []], ids=["inside", "dispatched", "outside"])
 def test_what_surrounds_the_first_call_is_not_compiled_in(first, monkeypatch):
-    monkeypatch.setattr(compiled, "_compiled", {})
+    monkeypatch.setattr(inductor, "_compiled", {})
     for names in (first, TOGETHER, []):
         step("compile", names)
 

@@ -4,7 +4,7 @@ import mpmath
 import pytest
 import torch
 
-from sre_triton import coin
+from sre_triton.compiled import formulas
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -12,6 +12,6 @@ def test_minus_log1p_over_keeps_its_digits(dtype):
     mu = torch.cat([torch.logspace(-30, -0.302, 10000, dtype=dtype), torch.linspace(0, 0.5, 10000, dtype=dtype)])
     with mpmath.workdps(40):
         expected = [float(-mpmath.log1p(-mpmath.mpf(value)) / value) if value else 1.0 for value in mu.tolist()]
-    computed = coin.minus_log1p_over(mu).double()
+    computed = formulas.minus_log1p_over(mu).double()
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(computed, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)

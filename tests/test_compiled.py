@@ -23,7 +23,9 @@ from torch._inductor import metrics
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sre_triton import compiled, fallback, linear_self_regularized_entropy, passes, self_regularized_entropy
+from sre_triton import linear_self_regularized_entropy, self_regularized_entropy
+from sre_triton.compiled import inductor, passes
+from sre_triton.compiled import primitives as compiled_primitives
 
 
 def compilations():
@@ -34,7 +36,7 @@ def compilations():
 def fresh(monkeypatch):
     """Nothing compiled yet, and every compilation counted."""
     torch.compiler.reset()
-    monkeypatch.setattr(compiled, "_compiled", {})
+    monkeypatch.setattr(inductor, "_compiled", {})
     counters.clear()
     metrics.reset()
     yield
@@ -64,8 +66,8 @@ def test_any_number_of_shapes_is_compiled_twice(first, fresh):
 def general(monkeypatch):
     """Whether each version that is compiled was found to be right for all shapes."""
     found = []
-    judge = compiled._hold_for_all_shapes
-    monkeypatch.setattr(compiled, "_hold_for_all_shapes", lambda *args: found.append(judge(*args)) or found[-1])
+    judge = inductor._hold_for_all_shapes
+    monkeypatch.setattr(inductor, "_hold_for_all_shapes", lambda *args: found.append(judge(*args)) or found[-1])
     return found
 
 
@@ -95,7 +97,7 @@ def pass_with_a_limit(logits, target, weight, stats, scale, out, numbers):
 
 
 def test_what_is_not_for_all_shapes_is_checked_at_every_call(fresh, general, monkeypatch):
-    monkeypatch.setattr(fallback, "loss_pass", pass_with_a_limit)
+    monkeypatch.setattr(compiled_primitives, "loss_pass", pass_with_a_limit)
     for N in (10, 800, 20, 900):
         logits, target, _ = problem(N, 100, {})
         loss = self_regularized_entropy(logits, target, backend="compile")
@@ -235,13 +237,14 @@ def test_without_triton_everything_but_triton_works(compiler, tmp_path):
 import sys
 sys.modules["triton"] = None
 import torch
-from sre_triton import compiled, self_regularized_entropy
+from sre_triton import self_regularized_entropy
+from sre_triton.compiled import inductor
 if not {compiler}:
-    compiled._uncompiled.add("cpu")
+    inductor._uncompiled.add("cpu")
 z = torch.randn(3, 20, requires_grad=True)
 self_regularized_entropy(z, torch.tensor([0, 1, 2])).backward()
 self_regularized_entropy(z, torch.tensor([0, 1, 2]), backend="eager").backward()
-print(z.grad.isfinite().all().item(), bool(compiled._compiled) == {compiler}, compiled._uncompiled)
+print(z.grad.isfinite().all().item(), bool(inductor._compiled) == {compiler}, inductor._uncompiled)
 """
     expected = "True True set()" if compiler else "True True {'cpu'}"
     assert run(code, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)).strip() == expected
@@ -256,8 +259,8 @@ def raising(error):
 
 
 def test_a_gpu_that_torch_compile_cannot_serve_runs_uncompiled_with_one_warning(monkeypatch, fresh):
-    monkeypatch.setattr(compiled, "_uncompiled", set())
-    monkeypatch.setattr(compiled, "_compile", raising(torch._inductor.exc.TritonMissing(None)))
+    monkeypatch.setattr(inductor, "_uncompiled", set())
+    monkeypatch.setattr(inductor, "_compile", raising(torch._inductor.exc.TritonMissing(None)))
     logits, target, _ = problem(4, 20, {})
     with pytest.warns(RuntimeWarning, match="uncompiled, .* triton") as caught:
         _, _, gradient = loss_and_gradient(logits, target, backend="compile")
@@ -266,18 +269,18 @@ def test_a_gpu_that_torch_compile_cannot_serve_runs_uncompiled_with_one_warning(
 
 
 def test_other_failures_of_torch_compile_leave_the_blocks_uncompiled_with_one_warning(monkeypatch, fresh, caplog):
-    monkeypatch.setattr(compiled, "_uncompiled", set())
+    monkeypatch.setattr(inductor, "_uncompiled", set())
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", raising(ValueError("broken")))
     with pytest.warns(RuntimeWarning, match="torch.compile failed .ValueError: broken.; the logger sre_triton has"):
         steps()
     assert "Traceback" in caplog.text
-    assert not compiled._uncompiled
+    assert not inductor._uncompiled
     steps()  # in silence
 
 
 @pytest.mark.parametrize("folder", ["/dev/null/folder", "full"])
 def test_without_a_folder_to_write_to_the_blocks_run_uncompiled_with_one_warning(folder, monkeypatch, fresh, tmp_path):
-    monkeypatch.setattr(compiled, "_uncompiled", set())
+    monkeypatch.setattr(inductor, "_uncompiled", set())
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path) if folder == "full" else folder)
     if folder == "full":
         monkeypatch.setattr("torch._inductor.codecache.write_atomic", raising(OSError(errno.ENOSPC, "No space left")))
@@ -296,8 +299,8 @@ def test_without_a_folder_to_write_to_the_blocks_run_uncompiled_with_one_warning
 def test_what_has_failed_takes_nothing_from_what_works(error, pretended, monkeypatch):
     steps()
     count = len(pretended)
-    monkeypatch.setattr(compiled, "_uncompiled", set())
-    monkeypatch.setattr(compiled, "_compile", raising(error))
+    monkeypatch.setattr(inductor, "_uncompiled", set())
+    monkeypatch.setattr(inductor, "_compile", raising(error))
     logits, target, _ = problem(6, 20, {})
     with pytest.warns(RuntimeWarning, match="broken|No space left") as caught:
         self_regularized_entropy(logits, target, softcap=2.0, backend="compile")
@@ -312,7 +315,7 @@ def test_make_fx_is_not_in_the_way_of_later_compilations(pretended):
     assert not pretended
     torch.testing.assert_close(traced(logits).double(), truth(logits, target)[0], rtol=5e-6, atol=1e-6)
     assert pretended
-    assert not compiled._uncompiled
+    assert not inductor._uncompiled
 
 
 # Ways to say that torch.compile is to do nothing, or nothing new.
@@ -330,7 +333,7 @@ SWITCHES = {
 @pytest.fixture(params=SWITCHES)
 def switched_off(request, monkeypatch):
     """A context in which torch.compile is switched off in some way."""
-    monkeypatch.setattr(compiled, "_said", set())
+    monkeypatch.setattr(inductor, "_said", set())
     return SWITCHES[request.param]
 
 
@@ -342,8 +345,8 @@ def pretended(monkeypatch):
     def compile(function, args):
         return lambda args: calls.append(function) or function(*args)
 
-    monkeypatch.setattr(compiled, "_compiled", {})
-    monkeypatch.setattr(compiled, "_compile", compile)
+    monkeypatch.setattr(inductor, "_compiled", {})
+    monkeypatch.setattr(inductor, "_compile", compile)
     return calls
 
 
@@ -363,7 +366,7 @@ def steps(backend="compile"):
 def test_nothing_is_compiled_while_torch_compile_is_switched_off(switched_off, pretended, caplog):
     with switched_off():
         steps()
-    assert not compiled._compiled
+    assert not inductor._compiled
     assert not pretended
     assert [record.levelname for record in caplog.records if record.name == "sre_triton"] == ["WARNING"]
     assert "runs uncompiled" in caplog.text
@@ -382,9 +385,10 @@ def test_what_is_compiled_serves_while_torch_compile_is_switched_off(switched_of
 def test_torch_compile_is_switched_off_by_the_environment(switch):
     code = """
 import torch
-from sre_triton import compiled, self_regularized_entropy
+from sre_triton import self_regularized_entropy
+from sre_triton.compiled import inductor
 z = torch.zeros(3, 20, requires_grad=True)
-print(self_regularized_entropy(z, torch.tensor([0, 1, 2]), reg_weight=0).item(), len(compiled._compiled))
+print(self_regularized_entropy(z, torch.tensor([0, 1, 2]), reg_weight=0).item(), len(inductor._compiled))
 """
     loss, count = run(code, **{switch: "1"}).split()
     assert abs(float(loss) - math.log(20)) < 1e-6
@@ -407,7 +411,7 @@ def grown(function, count, first=3):
 
 
 def test_nothing_grows_while_torch_compile_is_switched_off(switched_off, monkeypatch):
-    monkeypatch.setattr(compiled, "_compiled", {})
+    monkeypatch.setattr(inductor, "_compiled", {})
     with switched_off():
         objects, size = grown(steps, 20)
     assert objects < 50
@@ -415,7 +419,7 @@ def test_nothing_grows_while_torch_compile_is_switched_off(switched_off, monkeyp
 
 
 def test_nothing_grows_when_compilations_have_failed(monkeypatch, fresh):
-    monkeypatch.setattr(compiled, "_compile", raising(ValueError("broken")))
+    monkeypatch.setattr(inductor, "_compile", raising(ValueError("broken")))
     with pytest.warns(RuntimeWarning, match="broken"):
         steps()
     objects, size = grown(steps, 20)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import OPTIONS, loss_and_gradient, problem, truth
 
-from sre_triton import fallback, self_regularized_entropy
+from sre_triton import self_regularized_entropy
+from sre_triton.compiled import primitives as compiled_primitives
 
 
 @pytest.mark.parametrize("block_bytes", [1, 4000, 10**9])
@@ -16,7 +17,7 @@ def test_blocks_change_nothing(block_bytes, monkeypatch, uncompiled):
     for recompute in (False, True):
         expected = loss_and_gradient(logits, target, recompute=recompute, **options)
         with monkeypatch.context() as patch:
-            patch.setattr(fallback, "BLOCK_BYTES", block_bytes)
+            patch.setattr(compiled_primitives, "BLOCK_BYTES", block_bytes)
             blocks = loss_and_gradient(logits, target, recompute=recompute, **options)
         assert torch.equal(blocks[2], expected[2])
         torch.testing.assert_close(blocks, expected)

@@ -9,7 +9,8 @@ from sre_triton import self_regularized_entropy
 from sre_triton.backend import primitives
 
 tl = pytest.importorskip("triton.language")
-tiles = pytest.importorskip("sre_triton.tiles")
+formulas = pytest.importorskip("sre_triton.kernels.formulas")
+launch = pytest.importorskip("sre_triton.kernels.launch")
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 
@@ -21,12 +22,12 @@ LONG = [50257, 65535, 65536, 65537, 131073, 262144, 262145]
 
 
 @pytest.fixture
-def launch(on_triton):
+def kernels(on_triton):
     return primitives(on_triton)
 
 
 @pytest.fixture(params=["clusters", "loops", "wide warps"])
-def device(request, launch, monkeypatch):
+def device(request, on_triton, monkeypatch):
     """The ways of different GPUs: the interpreter can go all of them."""
     if not launch.INTERPRETED:
         pytest.skip("a GPU is what it is")
@@ -96,7 +97,7 @@ def test_huge_logits_with_a_tiny_c(on_triton):
 
 
 @pytest.mark.parametrize("size", [1e4, 1e9, 3e9, 1e20, 1e38])
-def test_huge_logits(size, launch, on_triton):
+def test_huge_logits(size, kernels, on_triton):
     logits = torch.tensor([0.3, 1.0, -1.0, 0.999, -0.7] * 40)[None] * size
     for target in ([1], [3], [2]):
         for recompute in (False, True):
@@ -122,7 +123,7 @@ def test_bounds_at_the_edges_of_tiles(K, on_triton):
 )
 def test_bounds_with_the_errors_that_instructions_may_have(K, spread, lead, on_triton, monkeypatch):
     # PTX ISA: ex2.approx is right to 2^-22 of its result, rcp.approx to 2^-23, lg2.approx to 2^-22 absolutely.
-    if not primitives(on_triton).INTERPRETED:
+    if not launch.INTERPRETED:
         pytest.skip("the instructions are there")
 
     def error(x, largest):
@@ -139,7 +140,7 @@ def test_bounds_with_the_errors_that_instructions_may_have(K, spread, lead, on_t
         return tl.log2(x) + error(x, 2**-22)
 
     for name, function in (("_exp2", inexact_exp2), ("reciprocal", inexact_reciprocal), ("_log2", inexact_log2)):
-        monkeypatch.setattr(tiles, name, function)
+        monkeypatch.setattr(formulas, name, function)
     logits, target, _ = problem(2, K, {}, spread=spread)
     logits[torch.arange(2), target] += lead
     assert_within_bounds(logits, target, on_triton, recompute=False)
@@ -186,7 +187,7 @@ def guarded(shape, dtype, pad=5):
 @pytest.mark.parametrize("name", ["default", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("K", [1, 7, 123, 1000, 9001])
-def test_nothing_outside_the_arguments_is_read_or_written(K, dtype, name, probabilities, launch, monkeypatch):
+def test_nothing_outside_the_arguments_is_read_or_written(K, dtype, name, probabilities, kernels, monkeypatch):
     N = 3
     values, target, keywords = problem(N, K, OPTIONS[name], probabilities=probabilities, dtype=dtype)
     options = options_of(**keywords)
@@ -205,20 +206,20 @@ def test_nothing_outside_the_arguments_is_read_or_written(K, dtype, name, probab
         checks.append(untouched)
         return matrix
 
-    monkeypatch.setattr(launch, "new_numbers", lambda z, count: new_matrix((count, N), torch.float32))
-    monkeypatch.setattr(launch, "new_gradient", lambda z: new_matrix(z.shape, z.dtype))
-    losses, stats = launch.row_loss(logits, target, weight, *options)
-    fused_losses, fused_gradient = launch.row_loss_and_gradient(logits, target, weight, scale, *options)
-    gradient = launch.row_gradient(logits, target, weight, stats, scale, *options)
-    lse = launch.row_lse(logits, target, weight, *options)
-    sums = launch.row_sums(logits, target, lse, *options)
+    monkeypatch.setattr(kernels, "new_numbers", lambda z, count: new_matrix((count, N), torch.float32))
+    monkeypatch.setattr(kernels, "new_gradient", lambda z: new_matrix(z.shape, z.dtype))
+    losses, stats = kernels.row_loss(logits, target, weight, *options)
+    fused_losses, fused_gradient = kernels.row_loss_and_gradient(logits, target, weight, scale, *options)
+    gradient = kernels.row_gradient(logits, target, weight, stats, scale, *options)
+    lse = kernels.row_lse(logits, target, weight, *options)
+    sums = kernels.row_sums(logits, target, lse, *options)
     assert all(untouched() for untouched in checks)
     for output in (losses, stats, fused_losses, fused_gradient, gradient, lse, sums):
         assert output.isfinite().all()
     assert torch.equal(logits, values)
-    launch.row_loss_and_gradient_(logits, target, weight, scale, *options)
+    kernels.row_loss_and_gradient_(logits, target, weight, scale, *options)
     torch.testing.assert_close(logits, fused_gradient)
-    launch.scale_gradient_(logits, torch.tensor(2.0))
+    kernels.scale_gradient_(logits, torch.tensor(2.0))
     torch.testing.assert_close(logits, 2 * fused_gradient)
     assert all(untouched() for untouched in checks)
 
@@ -294,7 +295,7 @@ def test_softcap_keeps_its_digits_near_and_far_from_zero(size, softcap, on_trito
     assert_within_bounds(logits, target, on_triton, softcap=softcap)
 
 
-def test_rows_further_apart_than_32_bits(launch):
+def test_rows_further_apart_than_32_bits(kernels):
     # Two rows 2^31 + 8 elements apart. The memory between them is never touched.
     K, distance = 100, 2**31 + 8
     if launch.INTERPRETED:
@@ -305,36 +306,36 @@ def test_rows_further_apart_than_32_bits(launch):
     values, target, _ = problem(2, K, {}, dtype=torch.float16)
     logits.copy_(values)
     given = (target, None, torch.ones(2), *options_of())
-    expected = launch.row_loss_and_gradient(values, *given)
-    torch.testing.assert_close(launch.row_loss_and_gradient(logits, *given), expected)
-    launch.row_loss_and_gradient_(logits, *given)
+    expected = kernels.row_loss_and_gradient(values, *given)
+    torch.testing.assert_close(kernels.row_loss_and_gradient(logits, *given), expected)
+    kernels.row_loss_and_gradient_(logits, *given)
     torch.testing.assert_close(logits, expected[1])
-    torch.testing.assert_close(launch.scale_gradient_(logits, torch.tensor([1.0, 2.0]))[1], 2 * expected[1][1])
+    torch.testing.assert_close(kernels.scale_gradient_(logits, torch.tensor([1.0, 2.0]))[1], 2 * expected[1][1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("K", [100, 20000])
-def test_scalars_may_lie_on_the_gpu(K, dtype, launch, monkeypatch):
+def test_scalars_may_lie_on_the_gpu(K, dtype, kernels, monkeypatch):
     # Under the interpreter, where nothing does, the kernels are told so.
     logits, target, _ = problem(4, K, {})
     others = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0}
     for c, used in ((1e-30, ()), (1e-7, others), (0.75, ["z_loss"]), (1.0, ["softcap"])):
         options = options_of(c=c, reg_weight=0.7, **{name: others[name] for name in used})
-        expected = launch.row_loss_and_gradient(logits, target, None, torch.ones(4), *options)
+        expected = kernels.row_loss_and_gradient(logits, target, None, torch.ones(4), *options)
         with monkeypatch.context() as patch:
             patch.setattr(launch, "_scalar", lambda x: x if x is None else x.to(logits.device, dtype))
-            losses, gradient = launch.row_loss_and_gradient(logits, target, None, torch.ones(4), *options)
+            losses, gradient = kernels.row_loss_and_gradient(logits, target, None, torch.ones(4), *options)
         torch.testing.assert_close(losses, expected[0], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(gradient, expected[1], rtol=1e-5, atol=1e-8)
 
 
-def test_every_write_in_place_moves_the_version(launch):
+def test_every_write_in_place_moves_the_version(kernels):
     logits, target, _ = problem(4, 100, {})
-    _, stats = launch.row_loss(logits, target, None, *options_of())
+    _, stats = kernels.row_loss(logits, target, None, *options_of())
     for write in (
-        lambda: launch.scale_gradient_(logits, torch.tensor(1.0)),
-        lambda: launch.row_gradient_(logits, target, None, stats, torch.ones(4), *options_of()),
-        lambda: launch.row_loss_and_gradient_(logits, target, None, torch.ones(4), *options_of()),
+        lambda: kernels.scale_gradient_(logits, torch.tensor(1.0)),
+        lambda: kernels.row_gradient_(logits, target, None, stats, torch.ones(4), *options_of()),
+        lambda: kernels.row_loss_and_gradient_(logits, target, None, torch.ones(4), *options_of()),
     ):
         version = logits._version
         write()
@@ -343,23 +344,23 @@ def test_every_write_in_place_moves_the_version(launch):
 
 @pytest.mark.parametrize("factor", [torch.tensor(1.0), torch.ones(300)], ids=["scalar", "rows"])
 @pytest.mark.parametrize("K", [10, 5000])
-def test_a_factor_of_one_writes_nothing(K, factor, launch):
+def test_a_factor_of_one_writes_nothing(K, factor, kernels):
     # A signalling NaN that goes through a multiplication comes out as a quiet one.
     signalling = 0x7F800001
     gradient = torch.full((300, K), signalling, dtype=torch.int32).view(torch.float32)
-    launch.scale_gradient_(gradient, factor.to(gradient.device))
+    kernels.scale_gradient_(gradient, factor.to(gradient.device))
     assert (gradient.view(torch.int32) == signalling).all()
-    launch.scale_gradient_(gradient, torch.tensor(2.0))
+    kernels.scale_gradient_(gradient, torch.tensor(2.0))
     assert (gradient.view(torch.int32) != signalling).all()
 
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (300, 10), (5, 123), (3, 5000)])
-def test_scaling_by_rows(N, K, launch):
+def test_scaling_by_rows(N, K, kernels):
     gradient, _, _ = problem(N, K, {})
     factor = torch.linspace(0.5, 1.5, N)
     factor[N // 2] = 1.0
     expected = gradient * factor[:, None]
-    torch.testing.assert_close(launch.scale_gradient_(gradient, factor), expected, rtol=0, atol=0)
+    torch.testing.assert_close(kernels.scale_gradient_(gradient, factor), expected, rtol=0, atol=0)
 
 
 def test_no_rows(on_triton):

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from helpers import OPTIONS, loss_and_gradient, problem, truth
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from sre_triton import Parts, SelfRegularizedEntropyLoss, checks, compiled, fallback, self_regularized_entropy
+from sre_triton import Parts, SelfRegularizedEntropyLoss, checks, self_regularized_entropy
 from sre_triton.backend import primitives
+from sre_triton.compiled import inductor
+from sre_triton.compiled import primitives as compiled_primitives
 
 modes = pytest.mark.parametrize("recompute", [False, True], ids=["single pass", "recompute"])
 
@@ -235,7 +237,7 @@ def test_stored_gradient_is_handed_over_without_a_copy(rows, monkeypatch, row_ba
 
 
 def test_no_gradient_is_computed_that_nobody_wants(rows, monkeypatch, uncompiled):
-    monkeypatch.setattr(fallback, "gradient_pass", lambda *_: pytest.fail("a gradient was computed"))
+    monkeypatch.setattr(compiled_primitives, "gradient_pass", lambda *_: pytest.fail("a gradient was computed"))
     logits, target = rows
     expected = truth(logits, target)[0].float()
     with torch.no_grad():
@@ -326,8 +328,8 @@ def test_inplace_takes_the_storage_of_the_logits(view, reduction, recompute, row
 
 @pytest.mark.parametrize("uncompiled", [set(), {"cpu"}], ids=["compiled", "uncompiled"])
 def test_inplace_is_seen_by_autograd(uncompiled, monkeypatch):
-    monkeypatch.setattr(compiled, "_uncompiled", uncompiled)
-    monkeypatch.setattr(compiled, "_compiled", {})
+    monkeypatch.setattr(inductor, "_uncompiled", uncompiled)
+    monkeypatch.setattr(inductor, "_compiled", {})
     source, target, _ = problem(6, 20, {}, probabilities=True)
     logits = source.requires_grad_().exp()  # whose backward reads its output
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -8,7 +8,8 @@ from helpers import OPTIONS, assert_within_bounds, loss_and_gradient, mp_truth, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sre_triton import compiled, reference, self_regularized_entropy
+from sre_triton import reference, self_regularized_entropy
+from sre_triton.compiled import inductor
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 
@@ -317,8 +318,8 @@ def test_any_combination(N, K, spread, probabilities, weighted, ignored, recompu
     if ignored and not probabilities:
         target[::2] = -100
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "_compiled", {})
-        patch.setattr(compiled, "_uncompiled", {"cpu"})
+        patch.setattr(inductor, "_compiled", {})
+        patch.setattr(inductor, "_uncompiled", {"cpu"})
         loss, parts, gradient = loss_and_gradient(
             logits, target, reduction=reduction, recompute=recompute, backend="compile", **options
         )

@@ -16,7 +16,7 @@ from sre_triton import (
     self_regularized_entropy,
 )
 from sre_triton.messages import LONGEST, short
-from sre_triton.shard import wrong_placements
+from sre_triton.sharding.shard import wrong_placements
 
 
 class Broken:

@@ -4,8 +4,7 @@ import pytest
 import torch
 from helpers import OPTIONS, options_of, problem, truth
 
-from sre_triton import ops
-from sre_triton.backend import primitives
+from sre_triton import backend, primitives
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 
@@ -13,7 +12,7 @@ both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["ind
 @pytest.fixture
 def module(row_backend):
     """A backend's primitives."""
-    return primitives(row_backend)
+    return backend.primitives(row_backend)
 
 
 def arguments(module, name, probabilities, dtype=torch.float32):
@@ -23,7 +22,7 @@ def arguments(module, name, probabilities, dtype=torch.float32):
     _, stats = module.row_loss(logits, target, weight, *options)
     given = {
         "row_lse": (weight,),
-        "row_sums": (stats[: ops.NUM_LSE].contiguous(),),
+        "row_sums": (stats[: primitives.NUM_LSE].contiguous(),),
         "row_loss": (weight,),
         "row_gradient": (weight, stats, scale),
         "row_loss_and_gradient": (weight, scale),
@@ -32,15 +31,15 @@ def arguments(module, name, probabilities, dtype=torch.float32):
 
 
 @both_targets
-@pytest.mark.parametrize("name", ops.PRIMITIVES)
+@pytest.mark.parametrize("name", primitives.PRIMITIVES)
 def test_opcheck(name, probabilities, module):
     torch.library.opcheck(getattr(module, name).op, arguments(module, name, probabilities))
 
 
-@pytest.mark.parametrize("name", ops.PRIMITIVES)
+@pytest.mark.parametrize("name", primitives.PRIMITIVES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_fakes_have_the_shapes_and_dtypes_of_the_results(name, dtype, module):
-    if (dtype, module) == (torch.float64, primitives("triton")):
+    if (dtype, module) == (torch.float64, backend.primitives("triton")):
         pytest.skip("refused")
     given = arguments(module, name, False, dtype)
     real = getattr(module, name).op(*given)
@@ -70,7 +69,9 @@ def test_primitives_compose(K, probabilities, module):
 def test_backends_agree_on_the_statistics(probabilities, on_triton, uncompiled):
     logits, target, keywords = problem(9, 30, OPTIONS["all"], probabilities=probabilities)
     given = (logits, target, keywords["weight"], *options_of(**keywords))
-    for ours, theirs in zip(primitives("triton").row_loss(*given), primitives("compile").row_loss(*given), strict=True):
+    for ours, theirs in zip(
+        backend.primitives("triton").row_loss(*given), backend.primitives("compile").row_loss(*given), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -132,7 +133,7 @@ def test_formula(name, probabilities, module):
 
 
 @both_targets
-@pytest.mark.parametrize("name", ops.PRIMITIVES)
+@pytest.mark.parametrize("name", primitives.PRIMITIVES)
 @pytest.mark.parametrize("batched", ["rows", "weight", "logits only"])
 def test_batching_rule(name, batched, probabilities, module):
     function = getattr(module, name)

@@ -25,24 +25,27 @@ ORDER = [
     "messages",
     "reference",
     "eager",
-    "ops",
-    "coin",
-    "passes",
-    "compiled",
-    "fallback",
-    "tiles",
-    "rows",
-    "loads",
-    "kernels",
-    "scalars",
-    "plan",
-    "launch",
+    "primitives",
+    "compiled.formulas",
+    "compiled.passes",
+    "compiled.inductor",
+    "compiled.primitives",
+    "kernels.groups",
+    "kernels.formulas",
+    "kernels.rows",
+    "kernels.memory",
+    "kernels.walks",
+    "kernels.kernels",
+    "kernels.small",
+    "kernels.plan",
+    "kernels.launch",
+    "kernels.primitives",
     "backend",
-    "shard",
+    "sharding.shard",
     "checks",
     "layer",
-    "collectives",
-    "dtensor",
+    "sharding.collectives",
+    "sharding.dtensor",
     "autograd",
     "loss",
     "flops",
@@ -83,13 +86,17 @@ def test_exports():
 
 def test_imports_run_one_way():
     package = Path(sre_triton.__file__).parent
-    assert {path.stem for path in package.glob("*.py")} == {"__init__", *ORDER}
-    for path in package.glob("*.py"):
+    paths = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
+    rooms = {name: path for name, path in paths.items() if path.stem != "__init__"}
+    assert set(rooms) == set(ORDER)
+    for room, path in rooms.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
-                names = [node.module] if node.module else [alias.name for alias in node.names]
-                for name in names if path.stem != "__init__" else []:
-                    assert ORDER.index(name) < ORDER.index(path.stem), f"{path.stem} imports {name}"
+                folder = room.split(".")[: -node.level]
+                module = ".".join([*folder, *filter(None, [node.module])])
+                names = [module] if module in rooms else [f"{module}.{alias.name}".lstrip(".") for alias in node.names]
+                for name in names:
+                    assert ORDER.index(name) < ORDER.index(room), f"{room} imports {name}"
 
 
 @pytest.mark.parametrize("module", [loss, linear, modules, schedule], ids=lambda module: module.__name__)

@@ -2,7 +2,7 @@
 
 import torch
 
-from sre_triton import passes
+from sre_triton.compiled import passes
 
 
 def test_float32_sums_of_short_rows_keep_their_digits():

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from sre_triton.plan import Device, plan
+from sre_triton.kernels.plan import Device, plan
 
 H100 = Device(warp_size=32, multiprocessors=132, clusters=True, shared_bytes=227 << 10)
 A100 = Device(warp_size=32, multiprocessors=108, clusters=False, shared_bytes=163 << 10)

@@ -205,7 +205,7 @@ def test_a_program_with_kernels_is_loaded_in_another_process(tmp_path):
     torch.save((x, y), tmp_path / "batch.pt")
     code = (
         "import sys, torch, sre_triton; program = torch.export.load('program.pt2').module(); "
-        "assert 'sre_triton.launch' not in sys.modules; program(*torch.load('batch.pt')).backward(); "
+        "assert 'sre_triton.kernels.launch' not in sys.modules; program(*torch.load('batch.pt')).backward(); "
         "torch.save({name: parameter.grad for name, parameter in program.named_parameters()}, 'gradients.pt')"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sre_triton.plan import Device, plan
+from sre_triton.kernels.plan import Device, plan
 
 FOLDER = Path(__file__).parent
 
@@ -141,7 +141,7 @@ import warnings
 import torch
 from cross_compile import compile_only
 from helpers import options_of
-from sre_triton import launch as triton_launch
+from sre_triton.kernels import primitives
 
 warnings.simplefilter("error")  # Triton warns where it is left to it whether products and sums are fused
 compiled = compile_only("sm_90")
@@ -151,10 +151,10 @@ for i, N in enumerate((3, 5, 7)):
         c=(0.5, 1e-7, 1e-3)[i], reg_weight=(0.0, 1.0, 0.3)[i], ignore_index=(-100, -2, -3)[i],
         label_smoothing=(0.1, 0.5, 1.0)[i], z_loss=(0.5, 1.0, 0.1)[i], softcap=(1.0, 2.0, 30.0)[i],
     )
-    triton_launch.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(N), *options)
-    triton_launch.scale_gradient_(torch.zeros(N, 1000), torch.tensor(0.5))
-    triton_launch.inverse_count(target, None, 1000, (-100, -2, -3)[i])
-    triton_launch.scaled_sum(torch.zeros(N), torch.tensor(0.5))
+    primitives.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(N), *options)
+    primitives.scale_gradient_(torch.zeros(N, 1000), torch.tensor(0.5))
+    primitives.inverse_count(target, None, 1000, (-100, -2, -3)[i])
+    primitives.scaled_sum(torch.zeros(N), torch.tensor(0.5))
 print(len(compiled), len({id(launch.compiled) for launch in compiled}))
 """
     assert run("-c", code).split() == ["12", "4"]
@@ -166,12 +166,12 @@ def test_the_target_is_written_by_the_thread_that_wrote_its_tile():
 import torch
 from cross_compile import compile_only
 from helpers import options_of
-from sre_triton import launch as triton_launch
+from sre_triton.kernels import primitives
 
 launches = compile_only("sm_90")
 for num_classes in (1000, 16384, 32768, 50257, 262144, 300000):
     logits, target = torch.empty(600, num_classes, dtype=torch.bfloat16), torch.zeros(600, dtype=torch.long)
-    triton_launch.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(600), *options_of())
+    primitives.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(600), *options_of())
     print(launches[-1].compiled.asm["ttgir"], "-- the next --")
 """
     texts = run("-c", code).split("-- the next --")[:-1]
@@ -192,12 +192,12 @@ def test_the_next_row_is_on_its_way():
 import torch
 from cross_compile import Code, compile_only
 from helpers import options_of
-from sre_triton import launch as triton_launch
+from sre_triton.kernels import primitives
 
 launches = compile_only("sm_90")
 for num_classes in (4096, 8192, 16384, *[262144] * (triton_launch.TRITON_VERSION >= (3, 8))):
     logits, target = torch.empty(999, num_classes, dtype=torch.bfloat16), torch.zeros(999, dtype=torch.long)
-    triton_launch.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(999), *options_of())
+    primitives.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(999), *options_of())
     text = Code(launches[-1].compiled).text
     # Of 16 bytes each: four tiles before the loop over the rows, and four in it; what is loaded directly is not a tile.
     print(text.count("LDGSTS.E.BYPASS.128"), text.count("LDG.E.128"))

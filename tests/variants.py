@@ -21,6 +21,7 @@ exit status will be 1.
 import argparse
 import contextlib
 import gc
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -40,8 +41,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1] / "perf"))
 from cross_compile import SHARED, TARGETS, Code, Launch, OnGpu, compile_only
 
-from sre_triton import kernels, launch
-from sre_triton.plan import SMALLEST_TILE, plan
+from sre_triton.kernels import kernels, launch, primitives
+from sre_triton.kernels.plan import SMALLEST_TILE, plan
 
 # Every width of a tile, in registers and in a loop, short and long; less a few classes, every alignment.
 WIDTHS = (*(2**i for i in range(4, 15)), 32768, 131072)
@@ -174,7 +175,7 @@ def make(call: dict) -> None:
     N, K = call["rows"], call["width"] - call["less"]
     logits = torch.zeros(N, K, dtype=call["dtype"])
     if call["primitive"] == "scale_gradient_":
-        launch.scale_gradient_(logits, torch.ones(()) if call["weight"] else torch.ones(N))
+        primitives.scale_gradient_(logits, torch.ones(()) if call["weight"] else torch.ones(N))
         return
     indices = call["target"] == "indices"
     target = torch.zeros(N, dtype=torch.long) if indices else torch.zeros(N, K, dtype=call["target"])
@@ -193,11 +194,11 @@ def make(call: dict) -> None:
         "row_gradient": (weight, stats, scale),
         "row_loss_and_gradient": (weight, scale),
     }[call["primitive"]]
-    getattr(launch, call["primitive"])(logits, target, *given, *options)
+    getattr(primitives, call["primitive"])(logits, target, *given, *options)
 
 
 def subtracted_products(llir: str) -> int:
-    """How often a product is subtracted, or something from it, in two operations: tiles.py, ``less_product``."""
+    """How often a product is subtracted, or something from it, in two operations: formulas.py, ``less_product``."""
     products, count = set(), 0
     for name, operation, operands in re.findall(r"^\s*(%\w+) = (\w+) (.*)", llir, re.MULTILINE):
         of_products = not products.isdisjoint(re.findall(r"%\w+", operands))
@@ -207,8 +208,17 @@ def subtracted_products(llir: str) -> int:
     return count
 
 
+def digest(text: str) -> str:
+    """What tells code from other code, whatever its functions and files are called and wherever they stand."""
+    text = re.split(r"^\s*\.section\s+\.debug", text, maxsplit=1, flags=re.MULTILINE)[0]
+    text = re.sub(r"\s*(//|;).*", "", text)
+    lines = (line.strip() for line in text.splitlines())
+    said = [line for line in lines if line and not re.match(r"\.(loc|file)\b|\S*tmp\d+:$|\.Lfunc\S*:$", line)]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
+
+
 def report(made: Launch, target: str) -> dict:
-    """What its code is like."""
+    """What its code is like. (Lines of two versions of the package with the same "code" are of the same code.)"""
     code, metadata, asm = Code(made.compiled), made.compiled.metadata, made.compiled.asm
     text = asm["ptx"] if code.is_cuda else asm["amdgcn"]  # what it takes long to disassemble says no more
     widths = [4 * int(n) for n in re.findall(r"(?:global|buffer)_load_dwordx(\d)", text)]
@@ -227,6 +237,7 @@ def report(made: Launch, target: str) -> dict:
         "spill": code.spill_bytes,
         "widest": max([4, *widths]),
         "barriers": len(re.findall(r"\bbar\.sync\b", text)),
+        "code": digest(text),
     }
 
 
@@ -269,7 +280,7 @@ def warm_up() -> None:
         kernel.cache_key  # noqa: B018
     for target in ("sm_90", "gfx942"):
         compile_only(target)
-        launch.scaled_sum(torch.zeros(3), torch.ones(()))
+        primitives.scaled_sum(torch.zeros(3), torch.ones(()))
 
 
 def calls_of(target: str, args: argparse.Namespace) -> list[dict]:

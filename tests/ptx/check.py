@@ -148,7 +148,7 @@ class Gpu:
         triton.runtime.JITFunction.run = emulate
 
     def multiprocessors(self, count: int) -> None:
-        from sre_triton import launch
+        from sre_triton.kernels import launch
 
         self.driver.multiprocessors = count
         launch._device.cache_clear()
@@ -526,7 +526,7 @@ class Run:
     def _case(self, kernel, K, dtype, N, context, *, seed=0, spread=3.0, pitch=0, offset=0, inplace=False,
               weight=None, target="indices", scale="one", pointers=False, multiprocessors=132, shards=1,
               **given) -> None:  # fmt: skip
-        from sre_triton import launch
+        from sre_triton.kernels import primitives
 
         gpu, check = self.gpu, self.check
         gpu.multiprocessors(multiprocessors)
@@ -551,7 +551,7 @@ class Run:
 
         if kernel == "row_loss_and_gradient":
             true, true_gradient = truth(before, classes, w, factors, options)
-            call = launch.row_loss_and_gradient_ if inplace else launch.row_loss_and_gradient
+            call = primitives.row_loss_and_gradient_ if inplace else primitives.row_loss_and_gradient
             losses, gradient = call(logits, classes, w, factors, *values)
             check.losses(losses, true, context, names)
             check.gradient(
@@ -559,7 +559,7 @@ class Run:
             )
         elif kernel == "row_loss":
             true, _ = truth(before, classes, w, factors, options)
-            losses, stats = launch.row_loss(logits, classes, w, *values)
+            losses, stats = primitives.row_loss(logits, classes, w, *values)
             check.losses(losses, true, context, names)
             check.stats(stats, *true_stats(before, classes, w, options), context, names, options["c"])
         elif kernel == "parts":
@@ -571,12 +571,12 @@ class Run:
             if scale == "all ones":
                 factor = torch.ones(N)
             true = before.float() * (factor if factor.dim() == 0 else factor[:, None])
-            launch.scale_gradient_(logits, factor)
+            primitives.scale_gradient_(logits, factor)
             check.rows += N
             if not torch.equal(true.to(dtype).nan_to_num(nan=7.0), logits.nan_to_num(nan=7.0)):
                 check.failures.append(f"scale_gradient: other numbers: {context}")
         elif kernel == "inverse_count":
-            found = launch.inverse_count(classes, w, K, options["ignore_index"])
+            found = primitives.inverse_count(classes, w, K, options["ignore_index"])
             from sre_triton import reference
 
             true = (
@@ -590,7 +590,7 @@ class Run:
         elif kernel == "scaled_sum":
             numbers = torch.randn(N, generator=generator)
             factor = torch.tensor(1 / 3)
-            found = launch.scaled_sum(numbers, factor)
+            found = primitives.scaled_sum(numbers, factor)
             check.rows += N
             check.ratio(
                 "scaled_sum", (found.double() - numbers.double().sum() * factor).abs(),
@@ -601,7 +601,7 @@ class Run:
             check.failures.append(f"the logits changed: {context}")
 
     def _parts(self, logits, before, classes, w, factors, options, values, inplace, shards, context, names) -> None:
-        from sre_triton import launch
+        from sre_triton.kernels import primitives
 
         check = self.check
         N, K = logits.shape
@@ -612,7 +612,7 @@ class Run:
             there = classes if classes.dim() == 1 else classes[:, begin:end].contiguous()
             more = () if shards == 1 else (begin, K)
             pieces.append((piece, there, None if w is None else w[begin:end].contiguous(), more))
-        each = [launch.row_lse(z, y, v, *values, *more) for z, y, v, more in pieces]
+        each = [primitives.row_lse(z, y, v, *values, *more) for z, y, v, more in pieces]
         if shards == 1:
             lse = each[0]
         else:
@@ -625,11 +625,11 @@ class Run:
             lse = torch.cat([m[None], total.float()])
             if w is None and classes.dim() == 2:
                 lse[4] = 1.0
-        sums = [launch.row_sums(z, y, lse.contiguous(), *values, *more) for z, y, _, more in pieces]
+        sums = [primitives.row_sums(z, y, lse.contiguous(), *values, *more) for z, y, _, more in pieces]
         stats = torch.cat([lse, torch.stack(sums).sum(0)])
         true, size, ignored = true_stats(before, classes, w, options)
         check.stats(stats, true, size, ignored, context, names, options["c"])
-        call = launch.row_gradient_ if inplace else launch.row_gradient
+        call = primitives.row_gradient_ if inplace else primitives.row_gradient
         gradients = [call(z, y, v, stats, factors, *values, *more) for z, y, v, more in pieces]
         _, true_gradient = truth(before, classes, w, factors, options)
         check.gradient(
@@ -912,7 +912,7 @@ def main() -> int:
             break
         threads = settings.pop("CLUSTER_THREADS", None)
         if threads:
-            from sre_triton import plan
+            from sre_triton.kernels import plan
 
             plan.CLUSTER_THREADS = threads
         run.case(kernel, K, dtype, **settings)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from .checks import check_indices
-from .messages import short, wrong
+from ..checks import check_indices
+from ..messages import short, wrong
 from .shard import VocabShard, sharded_dims, wrong_placements
 
 Dims = list[int | None]  # for each dimension of a mesh, the dimension of a tensor that it shards

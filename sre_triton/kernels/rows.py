@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import LN_2, coin_h_and_u, exp2_near_0, finite_maximum, fma, less_product, log2_parts, reciprocal, value_of
+from .formulas import (
+    LN_2,
+    coin_h_and_u,
+    exp2_near_0,
+    finite_maximum,
+    fma,
+    less_product,
+    log2_parts,
+    reciprocal,
+    value_of,
+)
 
 
 class Inputs(NamedTuple):
@@ -34,7 +44,7 @@ class Inputs(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The scalar options: numbers, or pointers to where on the GPU they lie (tiles.py: `value_of`).
+    """The scalar options: numbers, or pointers to where on the GPU they lie (formulas.py: `value_of`).
 
     What is None takes no part in the compiled code; no value is compiled in.
     """
@@ -141,7 +151,7 @@ def _c(opts, PTX: tl.constexpr):
 
 @triton.jit
 def numbers_of(opts, reference, exp_sum, counted, PTX: tl.constexpr):
-    """What tiles need of a row (tiles.py: its `numbers`), the sum of exponentials, and its logarithm.
+    """What tiles need of a row (formulas.py: its `numbers`), the sum of exponentials, and its logarithm.
 
     The sum of a row of nothing but -inf is 0: it becomes NaN, and that of a row which is not read 1.
     """

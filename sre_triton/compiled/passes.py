@@ -1,6 +1,6 @@
 """Passes over rows of logits, as the fallback compiles them: a row's numbers, and the gradient that follows from them.
 
-From coin.py come t and μ of each class, their sums over the classes are numbers of the row, and the gradient is
+From formulas.py come t and μ of each class, their sums over the classes are numbers of the row, and the gradient is
 coef_p p + coef_u u - coef_1  with the target's own value written over it.
 
 All of it becomes one loop over the rows, in which a row is walked four times while it lies in the nearest cache. For
@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .coin import coin, h_of, offset_of, u_of
-from .reference import compute_dtype
+from ..reference import compute_dtype
+from .formulas import coin, h_of, offset_of, u_of
 
 WIDTH = 16  # the widest vector of floats that a CPU has
 SHORT = 1024  # classes: 64 additions in each lane of that vector, and errors of at most 32 roundings
@@ -37,7 +37,7 @@ class Numbers(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The statistics of ops.STATS, each (n, WIDTH)."""
+    """The statistics of primitives.STATS, each (n, WIDTH)."""
 
     m: Tensor
     exp_sum: Tensor

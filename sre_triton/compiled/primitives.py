@@ -2,7 +2,7 @@
 
 Each is a pass over the rows, which compiled is one loop (passes.py says how): a row comes from memory once, is found in
 the cache whenever it is walked over again, and its gradient goes to memory once. Where nothing can be compiled
-(compiled.py says where) the same functions run as they are, on blocks of rows.
+(inductor.py says where) the same functions run as they are, on blocks of rows.
 """
 
 import functools
@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .compiled import compiled_pass
-from .ops import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, primitive
+from ..primitives import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, primitive
+from ..reference import compute_dtype
+from .inductor import compiled_pass
 from .passes import Numbers, gradient_pass, local_class, loss_and_gradient_pass, loss_pass, lse_pass, sums_pass
-from .reference import compute_dtype
 
 # Bytes in one block of rows, in the dtype of the arithmetic, where there are blocks.
 # Steps on blocks of 2 MiB took 1.05 times as long, of 1 MiB 1.2 times (bf16 when it was copied, K from 1000 to 262144,
@@ -128,7 +128,7 @@ def _blocks(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The primitives. Their arguments end with the same options, ops.OPTIONS.
+# The primitives. Their arguments end with the same options, primitives.OPTIONS.
 
 
 @primitive("compile")

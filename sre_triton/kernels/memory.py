@@ -8,8 +8,9 @@ logits, its classes, which of them there are, and which of those are to be read.
 import triton
 import triton.language as tl
 
+from .formulas import INF, load_logits
+from .groups import column
 from .rows import load_if_counted, shares
-from .tiles import INF, column, load_logits
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .messages import warn_user
+from ..messages import warn_user
 from .passes import SHORT, Numbers
 
 NO_COMPILER = (

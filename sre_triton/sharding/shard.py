@@ -6,7 +6,7 @@ from numbers import Integral
 import torch
 import torch.distributed as dist
 
-from .messages import short, wrong
+from ..messages import short, wrong
 
 
 def _chunk(num_classes: int, num_shards: int, index: int) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """The mathematics of tiles, classes in registers: each formula once, for all kernels.
 
-Logarithms have the base 2, as the hardware's have: what passes.py calls d, t, h and u is divided by log 2 here.
+Logarithms have the base 2, as the hardware's have: d, t, h and u are those of compiled/formulas.py, divided by log 2.
 
     d = (z - m) log2 e          m the row's maximum; in one multiplication and addition, with m log2 e rounded before
     e = 2^d                     p = e / s, s the sum of e over the row
@@ -18,8 +18,17 @@ thread waits for another.
 import triton
 import triton.language as tl
 
-# Whether Triton's interpreter runs the kernels. It has no instructions of a GPU.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from .groups import (
+    INTERPRETED,
+    LOG2_GROUP,
+    column,
+    halves,
+    largest_of_row,
+    maximum_of_groups,
+    sum_of_groups,
+    sum_of_row,
+    to_groups,
+)
 
 # A constexpr stands on the right: on the left of a tensor, the interpreter would make a constexpr of the result.
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -32,9 +41,6 @@ FLOOR = tl.constexpr(-1e4)
 # Where m is larger, m log2 e may be rounded by more than 2 has exponents. Neighbouring floats are more than 64 apart
 # there: with a smaller factor than log2 e, all but the largest logits still have probabilities below 2^-90.
 LARGEST = tl.constexpr(2.0**30)
-
-# Groups of 2^3 classes: sixteen bytes of bf16, which one instruction reads.
-LOG2_GROUP = tl.constexpr(3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,81 +154,6 @@ def load_logits(pointers, mask, softcap):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Groups. A vector of classes that a thread reads at once is 2^ADJACENT wide; its other classes lie far apart.
-
-
-@triton.jit
-def column(numbers, tile):
-    """What belongs to the rows, to meet a tile of them."""
-    if len(tile.shape) == 2:
-        return numbers[:, None]
-    else:
-        return numbers
-
-
-@triton.jit
-def _halves(x, LEVEL: tl.constexpr, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
-    """Two tensors of half the width, whose elements at the same place a thread has both."""
-    if len(x.shape) == 2:
-        if LEVEL < ADJACENT:
-            return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-        else:
-            return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-    elif LEVEL < ADJACENT:
-        return tl.split(tl.reshape(x, (x.shape[0] // 2, 2)))
-    elif CTAS == 1:
-        return tl.split(tl.permute(tl.reshape(x, (2, x.shape[0] // 2)), (1, 0)))
-    else:
-        # Each thread block has its part of the tile.
-        a, b = tl.split(tl.permute(tl.reshape(x, (CTAS, 2, x.shape[0] // (2 * CTAS))), (0, 2, 1)))
-        return tl.reshape(a, (x.shape[0] // 2,)), tl.reshape(b, (x.shape[0] // 2,))
-
-
-@triton.jit
-def _sum_of_groups(x, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
-    for level in tl.static_range(LOG2_GROUP):
-        a, b = _halves(x, level, ADJACENT, CTAS)
-        x = a + b
-    return x
-
-
-@triton.jit
-def _maximum_of_groups(x, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
-    for level in tl.static_range(LOG2_GROUP):
-        a, b = _halves(x, level, ADJACENT, CTAS)
-        x = tl.maximum(a, b)
-    return x
-
-
-@triton.jit
-def _to_groups(x, ADJACENT: tl.constexpr):
-    """A number per group, at each of its classes."""
-    for level in tl.static_range(LOG2_GROUP):
-        x = tl.join(x, x)
-        if len(x.shape) == 3:
-            if LOG2_GROUP - 1 - level >= ADJACENT:
-                x = tl.permute(x, (0, 2, 1))
-            x = tl.reshape(x, (x.shape[0], x.shape[1] * x.shape[2]))
-        else:
-            if LOG2_GROUP - 1 - level >= ADJACENT:
-                x = tl.permute(x, (1, 0))
-            x = tl.reshape(x, (x.shape[0] * x.shape[1],))
-    return x
-
-
-@triton.jit
-def largest_of_row(x):
-    """Over the classes of a tile."""
-    return tl.max(x, len(x.shape) - 1)
-
-
-@triton.jit
-def sum_of_row(x):
-    """Over the classes of a tile."""
-    return tl.sum(x, len(x.shape) - 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The sum of exponentials
 
 
@@ -261,7 +192,7 @@ def maximum_of(tiles, edge, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
     m = tiles[0]
     for i in tl.static_range(1, len(tiles)):
         m = tl.maximum(m, tiles[i])
-    m = _maximum_of_groups(m, ADJACENT, CTAS)
+    m = maximum_of_groups(m, ADJACENT, CTAS)
     if edge is not None:
         m = tl.maximum(m, edge)
     return largest_of_row(m)
@@ -275,7 +206,7 @@ def sum_of_exps(tiles, edge, reference, ADJACENT: tl.constexpr, CTAS: tl.constex
     for i in tl.static_range(1, len(tiles)):
         _, e = _exp(tiles[i], factor, product)
         exp_sum += e
-    exp_sum = _sum_of_groups(exp_sum, ADJACENT, CTAS)
+    exp_sum = sum_of_groups(exp_sum, ADJACENT, CTAS)
     if edge is not None:
         _, e = _exp(edge, factor, product)
         exp_sum += e
@@ -295,8 +226,8 @@ def sums_of_y(z, wy, given, m, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
         y_sum += wy[i]
         yz_sum += _yz(z[i], wy[i], m)
         omega += given[i]
-    y_sum, yz_sum = _sum_of_groups(y_sum, ADJACENT, CTAS), _sum_of_groups(yz_sum, ADJACENT, CTAS)
-    return y_sum, yz_sum, _sum_of_groups(omega, ADJACENT, CTAS)
+    y_sum, yz_sum = sum_of_groups(y_sum, ADJACENT, CTAS), sum_of_groups(yz_sum, ADJACENT, CTAS)
+    return y_sum, yz_sum, sum_of_groups(omega, ADJACENT, CTAS)
 
 
 @triton.jit
@@ -316,13 +247,13 @@ def add_to_lse(lse, z, wy, given, HAS_Y: tl.constexpr, ADJACENT: tl.constexpr):
     largest = z[0]
     for i in tl.static_range(1, len(z)):
         largest = tl.maximum(largest, z[i])
-    m = tl.maximum(m_old, _maximum_of_groups(largest, ADJACENT, 1))
+    m = tl.maximum(m_old, maximum_of_groups(largest, ADJACENT, 1))
     finite = finite_maximum(m)
-    m_tile = _to_groups(finite, ADJACENT)
+    m_tile = to_groups(finite, ADJACENT)
     e = _exp2((z[0] - m_tile) * LOG2_E)
     for i in tl.static_range(1, len(z)):
         e += _exp2((z[i] - m_tile) * LOG2_E)
-    exp_sum = exp_sum * _exp2((m_old - finite) * LOG2_E) + _sum_of_groups(e, ADJACENT, 1)
+    exp_sum = exp_sum * _exp2((m_old - finite) * LOG2_E) + sum_of_groups(e, ADJACENT, 1)
     if HAS_Y:
         more_y, more_yz, more_omega = sums_of_y(z, wy, given, m_tile, ADJACENT, 1)
         yz_sum += y_sum * (finite_maximum(m_old) - finite) + more_yz
@@ -382,16 +313,16 @@ def sums_of_h_and_u(tiles, numbers, ADJACENT: tl.constexpr, CTAS: tl.constexpr, 
         else:
             v_sum, u_sum = v_sum + tl.abs(v), u_sum + u
         for level in tl.static_range(LOG2_GROUP - 1):
-            a, b = _halves(mu, level, ADJACENT, CTAS)
+            a, b = halves(mu, level, ADJACENT, CTAS)
             mu = a + less_product(b, a, b)
         if i == 0:
             M, P = mu, 1.0 - mu
         else:
             M, P = M + less_product(mu, M, mu), less_product(P, P, mu)
-    a, b = _halves(M, LOG2_GROUP - 1, ADJACENT, CTAS)
-    P_a, P_b = _halves(P, LOG2_GROUP - 1, ADJACENT, CTAS)
+    a, b = halves(M, LOG2_GROUP - 1, ADJACENT, CTAS)
+    P_a, P_b = halves(P, LOG2_GROUP - 1, ADJACENT, CTAS)
     logarithms = _minus_log2(P_a * P_b, a + less_product(b, a, b), PTX)
-    return _sum_of_groups(v_sum, ADJACENT, CTAS) + logarithms, _sum_of_groups(u_sum, ADJACENT, CTAS)
+    return sum_of_groups(v_sum, ADJACENT, CTAS) + logarithms, sum_of_groups(u_sum, ADJACENT, CTAS)
 
 
 @triton.jit
@@ -402,21 +333,7 @@ def weighted_sums_of_h_and_u(z, y, numbers, ADJACENT: tl.constexpr, CTAS: tl.con
     for i in tl.static_range(1, len(z)):
         h, u = coin_h_and_u(z[i], numbers, PTX)
         h_sum, u_sum = h_sum + (1.0 - y[i]) * h, u_sum + (1.0 - y[i]) * u
-    return _sum_of_groups(h_sum, ADJACENT, CTAS), _sum_of_groups(u_sum, ADJACENT, CTAS)
-
-
-@triton.jit
-def _add_pairs(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def sum_pairs(a, b):
-    """The sums of two tensors over a row; the threads of a program meet once for both."""
-    if INTERPRETED:  # which would add one number after the other, and lose digits that a GPU does not
-        return sum_of_row(a), sum_of_row(b)
-    else:
-        return tl.reduce((a, b), len(a.shape) - 1, _add_pairs)
+    return sum_of_groups(h_sum, ADJACENT, CTAS), sum_of_groups(u_sum, ADJACENT, CTAS)
 
 
 @triton.jit

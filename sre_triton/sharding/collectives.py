@@ -22,9 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backend import primitives
-from .fallback import numbers_of
-from .ops import (
+from ..backend import primitives
+from ..compiled.passes import Row, local_class, losses_of
+from ..compiled.primitives import numbers_of
+from ..primitives import (
     NUM_LOSSES,
     NUM_LSE,
     NUM_STATS,
@@ -39,8 +40,7 @@ from .ops import (
     register_formula,
     without_forward_ad,
 )
-from .passes import Row, local_class, losses_of
-from .reference import compute_dtype
+from ..reference import compute_dtype
 from .shard import group_of
 
 # A gathering moves 16 bytes a row for each rank. At 64 ranks and K = 128256, that is a quarter of a shard's bfloat16

@@ -1,0 +1,1 @@
+"""torch.compile: the same for machines without Triton, and for float64."""

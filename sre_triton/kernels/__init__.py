@@ -1,0 +1,1 @@
+"""Triton: the kernels, and how they are launched."""

@@ -1,0 +1,151 @@
+"""How a kernel is launched on a GPU: its inputs, its options, its variant."""
+
+import contextlib
+import functools
+import math
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from .kernels import row_loss_kernel
+from .plan import Device, plan
+from .rows import Inputs, Options, Variant
+
+INTERPRETED = triton.knobs.runtime.interpret
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+# Hopper, Blackwell, Blackwell Ultra; the consumers' cards are newer, but have smaller clusters.
+CLUSTERS_OF_16 = (90, 100, 103)
+
+
+@functools.cache
+def _gpu(index: int | None) -> GPUTarget:
+    """What Triton compiles for; the interpreter counts as a GPU of 32 lanes without instructions of its own."""
+    return GPUTarget("interpreter", 90, 32) if INTERPRETED else triton.runtime.driver.active.get_current_target()
+
+
+@functools.cache
+def _device(index: int | None) -> Device:
+    """What of it decides how a kernel is launched. The interpreter takes all ways of a new GPU, if a very small one."""
+    gpu = _gpu(index)
+    nvidia = gpu.backend in ("cuda", "interpreter")
+    if INTERPRETED:
+        properties = {"multiprocessor_count": 2, "max_shared_mem": 227 << 10}
+    else:
+        driver = triton.runtime.driver.active
+        properties = driver.utils.get_device_properties(driver.get_current_device())
+    return Device(
+        warp_size=gpu.warp_size,
+        multiprocessors=properties["multiprocessor_count"],
+        clusters=nvidia and gpu.arch in CLUSTERS_OF_16 and TRITON_VERSION >= (3, 8),
+        shared_bytes=properties["max_shared_mem"] if nvidia and gpu.arch >= 80 else 0,
+    )
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device."""
+    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def _in_rows(matrix: Tensor) -> Tensor:
+    """The matrix, as a copy where its rows do not lie one element after another."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def _scalar(value: float | Tensor | None) -> float | Tensor | None:
+    """The value of a tensor on the CPU; one on a GPU stays a tensor, as looking at it would wait for the GPU."""
+    return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+
+
+def _options(c, reg_weight, ignore_index, label_smoothing, z_loss, softcap) -> Options:
+    c = _scalar(c)
+    whole = rest = None
+    if isinstance(c, float):
+        log2_c = math.log2(c)
+        whole, rest = float(round(log2_c)), log2_c - round(log2_c)
+    return Options(
+        c=c,
+        log2_c_whole=whole,
+        log2_c_rest=rest,
+        reg_weight=_scalar(reg_weight),
+        ignore_index=ignore_index,
+        label_smoothing=_scalar(label_smoothing),
+        z_loss=_scalar(z_loss),
+        softcap=_scalar(softcap),
+    )
+
+
+def launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, options: tuple, **arguments) -> None:
+    """Launch a kernel over the rows of the logits, with the Inputs, Options and Variant for them."""
+    num_rows, num_classes = logits.shape
+    if num_rows == 0 or num_classes == 0:
+        return
+    opts, (first_class, all_classes) = _options(*options[:6]), options[6:] or (None, None)
+    probabilities = target.dim() == 2
+    logits, target = _in_rows(logits), _in_rows(target) if probabilities else target.contiguous()
+    gradient = arguments.get("gradient_ptr")
+    strides = [matrix.stride(0) for matrix in (logits, gradient, target) if matrix is not None and matrix.dim() == 2]
+    # Divides K and the distance of rows, so that as many classes at a time are read and written: at most 16 bytes.
+    vector = 16 // logits.element_size()
+    align = math.gcd(vector, num_classes, *strides)
+    if "gradient_ptr" in arguments:
+        arguments["gradient_stride"] = 0 if gradient is None else gradient.stride(0) // align
+
+    smoothed = opts.label_smoothing is not None
+    has_y = probabilities or (smoothed and weight is not None)
+    holds_rows = kernel is row_loss_kernel
+    with on_device(logits.device):
+        gpu = _gpu(logits.device.index)
+        how = plan(
+            num_rows,
+            num_classes,
+            logits.element_size(),
+            holds_rows=holds_rows,
+            aligned=align == vector,
+            plain=not has_y and opts.softcap is None,
+            device=_device(logits.device.index),
+        )
+        window = align < vector and how.rows == 1 and (gradient is None or gradient.stride(0) == logits.stride(0))
+        shortest = num_classes - 2 * (vector - 1) if window else num_classes
+        if holds_rows:
+            arguments["num_programs"] = how.programs
+        if gpu.backend == "cuda":
+            # Left to itself, ptxas spills to stay below 64 where 128 are free.
+            arguments["maxnreg"] = how.registers
+        kernel[(how.programs,)](
+            inputs=Inputs(
+                logits_ptr=logits,
+                logits_stride=logits.stride(0) // align,
+                target_ptr=target,
+                target_stride=target.stride(0) // align if probabilities else 0,
+                weight_ptr=None if weight is None else weight.contiguous(),
+                num_rows=num_rows,
+                num_classes=num_classes // align,
+                first_class=None if all_classes is None else first_class,
+                all_classes=all_classes,
+            ),
+            opts=opts,
+            V=Variant(
+                PROBABILITIES=probabilities,
+                HAS_Y=has_y,
+                SMOOTHED=smoothed and not has_y,
+                RESIDENT=how.path != "loop",
+                STAGES=how.stages,
+                ROWS=how.rows,
+                BLOCK_K=how.block_k,
+                TILES=how.tiles,
+                FULL=0 if how.path == "loop" else shortest // how.block_k,
+                ALIGN=align,
+                VECTOR=vector,
+                ADJACENT=(vector if window else align).bit_length() - 1,
+                WINDOW=window,
+                CTAS=how.num_ctas,
+                PTX=gpu.backend == "cuda",
+            ),
+            num_warps=how.num_warps,
+            num_ctas=how.num_ctas,
+            enable_fp_fusion=True,
+            **arguments,
+        )

@@ -1,0 +1,171 @@
+"""The primitives on a GPU, each the launch of a kernel, and the small kernels of a step."""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from ..primitives import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, new_numbers, primitive
+from .kernels import row_gradient_kernel, row_loss_kernel, row_lse_kernel, row_sums_kernel
+from .launch import launch, on_device
+from .small import inverse_count_kernel, scale_gradient_kernel, scaled_sum_kernel
+
+# One program reads the numbers of so many rows in a few microseconds; PyTorch's two launches take as long.
+FEW_ROWS = 65536
+# Programs that multiply a stored gradient: enough for the bandwidth of a GPU, and few to start and end if there is
+# nothing to do.
+SCALING_PROGRAMS = 1024
+SCALING_TILE = 2048
+
+
+@primitive("triton")
+def row_lse(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> Tensor:
+    """m, exp_sum, y_sum, yz_sum, omega of each row: (5, N)."""
+    stats = new_numbers(logits, NUM_LSE)
+    launch(row_lse_kernel, logits, target, weight, options, stats_ptr=stats)
+    return stats
+
+
+@primitive("triton")
+def row_sums(logits: Tensor, target: Tensor, stats: Tensor, *options) -> Tensor:
+    """h_sum and u_sum of each row, (2, N), from the (5, N) of row_lse."""
+    sums = new_numbers(logits, NUM_SUMS)
+    launch(row_sums_kernel, logits, target, None, options, stats_ptr=stats.contiguous(), sums_ptr=sums)
+    return sums
+
+
+def _row_loss(logits, target, weight, options, *, scale=None, stats=None, gradient=None) -> Tensor:
+    losses = new_numbers(logits, NUM_LOSSES)
+    launch(
+        row_loss_kernel,
+        logits,
+        target,
+        weight,
+        options,
+        scale_ptr=scale,
+        scale_stride=0 if scale is None else scale.stride(0),
+        losses_ptr=losses,
+        stats_ptr=stats,
+        gradient_ptr=gradient,
+    )
+    return losses
+
+
+@primitive("triton")
+def row_loss(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> tuple[Tensor, Tensor]:
+    """The losses of each row, (4, N), and its statistics, (7, N), from which row_gradient goes on."""
+    stats = new_numbers(logits, NUM_STATS)
+    return _row_loss(logits, target, weight, options, stats=stats), stats
+
+
+@primitive("triton")
+def row_loss_and_gradient(
+    logits: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, *options
+) -> tuple[Tensor, Tensor]:
+    """The losses of each row, (4, N), and the gradient of scale * loss, (N, K), from one read of the logits."""
+    gradient = new_gradient(logits)
+    return _row_loss(logits, target, weight, options, scale=scale, gradient=gradient), gradient
+
+
+def _fill_gradient(gradient, logits, target, weight, stats, scale, options) -> None:
+    launch(
+        row_gradient_kernel,
+        logits,
+        target,
+        weight,
+        options,
+        stats_ptr=stats.contiguous(),
+        scale_ptr=scale,
+        scale_stride=scale.stride(0),
+        gradient_ptr=gradient,
+    )
+
+
+@primitive("triton")
+def row_gradient(
+    logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, scale: Tensor, *options
+) -> Tensor:
+    """The gradient of scale * loss, (N, K) in the dtype of the logits."""
+    gradient = new_gradient(logits)
+    _fill_gradient(gradient, logits, target, weight, stats, scale, options)
+    return gradient
+
+
+# Eager code only. Kernels write behind autograd's back, so its version counter is moved by hand.
+
+
+def row_loss_and_gradient_(logits, target, weight, scale, *options) -> tuple[Tensor, Tensor]:
+    """:func:`row_loss_and_gradient` with the gradient written over the logits."""
+    losses = _row_loss(logits, target, weight, options, scale=scale, gradient=logits)
+    torch.autograd.graph.increment_version(logits)
+    return losses, logits.detach()
+
+
+def row_gradient_(logits, target, weight, stats, scale, *options) -> Tensor:
+    """:func:`row_gradient` written over the logits."""
+    _fill_gradient(logits, logits, target, weight, stats, scale, options)
+    torch.autograd.graph.increment_version(logits)
+    return logits.detach()
+
+
+def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Multiply the stored gradient (N, K) by the upstream one, () or (N,); a factor of 1 is seen on the GPU."""
+    num_rows, num_classes = gradient.shape
+    if num_rows == 0 or gradient.is_meta:
+        return gradient
+    align = math.gcd(16 // gradient.element_size(), num_classes, gradient.stride(0))
+    block_k = min(SCALING_TILE, max(16, triton.next_power_of_2(num_classes)))
+    tile_rows = SCALING_TILE // block_k
+    num_programs = min(triton.cdiv(num_rows, tile_rows), SCALING_PROGRAMS)
+    with on_device(gradient.device):
+        scale_gradient_kernel[(num_programs,)](
+            gradient_ptr=gradient,
+            gradient_stride=gradient.stride(0) // align,
+            factor_ptr=factor,
+            factor_stride=factor.stride(0) if factor.dim() else 0,
+            num_rows=num_rows,
+            num_classes=num_classes // align,
+            num_programs=num_programs,
+            ROWS=tile_rows,
+            BLOCK_K=block_k,
+            ALIGN=align,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    torch.autograd.graph.increment_version(gradient)
+    return gradient
+
+
+def inverse_count(target: Tensor, weight: Tensor | None, num_classes: int, ignore_index: int) -> Tensor:
+    """What the loss of class indices is multiplied by for its mean, (), in one launch; for up to FEW_ROWS."""
+    factor = target.new_empty((), dtype=torch.float32)
+    with on_device(target.device):
+        inverse_count_kernel[(1,)](
+            target_ptr=target.contiguous(),
+            weight_ptr=None if weight is None else weight.contiguous(),
+            factor_ptr=factor,
+            num_rows=target.shape[0],
+            num_classes=num_classes,
+            ignore_index=ignore_index,
+            BLOCK=1024,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return factor
+
+
+def scaled_sum(numbers: Tensor, factor: Tensor) -> Tensor:
+    """``numbers.sum() * factor``, (), in one launch; for up to FEW_ROWS."""
+    total = torch.empty_like(factor)
+    with on_device(numbers.device):
+        scaled_sum_kernel[(1,)](
+            numbers_ptr=numbers,
+            factor_ptr=factor,
+            sum_ptr=total,
+            num_rows=numbers.shape[0],
+            BLOCK=1024,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return total

@@ -1,0 +1,1 @@
+"""Classes that are sharded over the ranks of a process group."""
