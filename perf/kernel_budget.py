@@ -39,6 +39,7 @@ from cross_compile import MULTIPROCESSORS, SHARED, TARGETS, Code, compile_only
 from tqdm import tqdm
 
 from sre_triton.kernels import primitives
+from sre_triton.primitives import RowOptions
 
 CLASSES = (10, 100, 1000, 1024, 4096, 8192, 16384, 21841, 32768, 50257, 65536, 128256, 262144)
 DTYPES = ("bfloat16", "float32")
@@ -85,19 +86,19 @@ def ctas_per_multiprocessor(target: str, code: Code, num_warps: int) -> int:
 def call(kernel: str, num_classes: int, dtype: torch.dtype, options: dict[str, object]) -> None:
     """Launch a kernel on tensors that nobody looks into."""
     num_rows = ELEMENTS // num_classes
-    options = {"label_smoothing": None, "z_loss": None, "softcap": None} | options
+    options = dict(options)
     weight = torch.empty(num_classes) if options.pop("weight", False) else None
     logits, target = torch.empty(num_rows, num_classes, dtype=dtype), torch.empty(num_rows, dtype=torch.long)
     if options.pop("probabilities", False):
         target = torch.empty(num_rows, num_classes, dtype=dtype)
-    scalars = 1e-7, 1.0, -100, *options.values()
+    scalars = RowOptions(1e-7, 1.0, -100, **options)
     stats, scale = torch.empty(7, num_rows), torch.ones(()).expand(num_rows)
     given = {
-        "row_loss_and_gradient": (target, weight, scale, *scalars),
-        "row_loss": (target, weight, *scalars),
-        "row_lse": (target, weight, *scalars),
-        "row_sums": (target, stats[:5], *scalars),
-        "row_gradient": (target, weight, stats, scale, *scalars),
+        "row_loss_and_gradient": (target, weight, scale, scalars),
+        "row_loss": (target, weight, scalars),
+        "row_lse": (target, weight, scalars),
+        "row_sums": (target, stats[:5], scalars),
+        "row_gradient": (target, weight, stats, scale, scalars),
         "scale_gradient": (torch.ones(()),),
     }[kernel]
     getattr(primitives, {"scale_gradient": "scale_gradient_"}.get(kernel, kernel))(logits, *given)

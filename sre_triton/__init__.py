@@ -29,8 +29,7 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
     sharding/       shard.py: the classes of a rank;  collectives.py: what ranks tell each other;  dtensor.py
 """
 
-from .linear import linear_self_regularized_entropy
-from .loss import self_regularized_entropy
+from .functional import linear_self_regularized_entropy, self_regularized_entropy
 from .modules import LinearSelfRegularizedEntropyLoss, SelfRegularizedEntropyLoss
 from .reference import Parts
 from .schedule import ramp

@@ -10,9 +10,14 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from . import eager
+from .arguments import Arguments
 from .backend import primitives
 from .primitives import DOUBLE_BACKWARD, FORWARD_AD, is_batched, is_watched, kept_options, options_again
+from .results import Call, reduced
+from .sharding.collectives import row_loss
 
 SECOND_BACKWARD = (
     "self_regularized_entropy: the gradient was computed together with the loss and handed over by the first backward; "
@@ -20,19 +25,9 @@ SECOND_BACKWARD = (
 )
 
 
-def reduced(losses: Tensor, factor: Tensor, reduction: str, backend: str) -> Tensor:
-    """(N,) -> () or (N,): a tensor of its own, so that the user may change it in place."""
-    if reduction == "none":
-        return losses.clone()
-    if few_launches(losses, backend):
-        return primitives(backend).scaled_sum(losses, factor)
-    return losses.sum() * factor
-
-
-def few_launches(rows: Tensor, backend: str) -> bool:
-    """Whether kernels/small.py does in one launch what takes PyTorch several, for numbers of rows in eager code."""
-    plain = type(rows) in (Tensor, torch.nn.Parameter) and not (rows.is_meta or is_watched() or is_batched(rows))
-    return backend == "triton" and plain and 0 < rows.shape[0] <= primitives(backend).FEW_ROWS
+def is_transformed() -> bool:
+    """Whether somebody differentiates or batches whose tensors need not say that they require a gradient."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_functional(grad_loss: Tensor) -> bool:
@@ -53,19 +48,15 @@ class SinglePass(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        rows, target, weight, factor, losses, stats, backend, reduction, inplace,
-        c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes,
-    ):  # fmt: skip
-        options = (c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes)
+    def forward(rows, target, weight, factor, losses, stats, backend, reduction, inplace, options):
         row_primitives = primitives(backend)
         scale = factor.expand(rows.shape[0])
         if stats is None:
             compute = row_primitives.row_loss_and_gradient_ if inplace else row_primitives.row_loss_and_gradient
-            losses, gradient = compute(rows, target, weight, scale, *options)
+            losses, gradient = compute(rows, target, weight, scale, options)
         else:
             compute = row_primitives.row_gradient_ if inplace else row_primitives.row_gradient
-            gradient = compute(rows, target, weight, stats, scale, *options)
+            gradient = compute(rows, target, weight, stats, scale, options)
             losses = losses.clone()  # not what came in
         return reduced(losses[0], factor, reduction, backend), losses, gradient
 
@@ -104,20 +95,16 @@ class Recompute(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        rows, target, weight, factor, losses, stats, backend, reduction, inplace,
-        c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes,
-    ):  # fmt: skip
+    def forward(rows, target, weight, factor, losses, stats, backend, reduction, inplace, options):
         if stats is None:
-            options = (c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes)
-            losses, stats = primitives(backend).row_loss(rows, target, weight, *options)
+            losses, stats = primitives(backend).row_loss(rows, target, weight, options)
         else:
             losses, stats = losses.clone(), stats.clone()  # not what came in
         return reduced(losses[0], factor, reduction, backend), losses, stats
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        rows, target, weight, factor, _, _, ctx.backend, _, ctx.inplace, *options = inputs
+        rows, target, weight, factor, _, _, ctx.backend, _, ctx.inplace, options = inputs
         _, losses, stats = output
         ctx.num_inputs = len(inputs)
         ctx.set_materialize_grads(False)
@@ -131,7 +118,7 @@ class Recompute(torch.autograd.Function):
             return None, *no_more
         rows, target, weight, factor, stats, *saved = ctx.saved_tensors
         scale = (factor * grad_loss).expand(rows.shape[0])
-        arguments = (target, weight, stats, scale, *options_again(ctx, saved))
+        arguments = (target, weight, stats, scale, options_again(ctx, saved))
         if torch.compiler.is_compiling():
             return primitives(ctx.backend).row_gradient(rows, *arguments), *no_more
         if ctx.inplace and not is_functional(grad_loss):
@@ -145,12 +132,8 @@ class _RowGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        rows, backend, target, weight, stats, scale,
-        c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes,
-    ):  # fmt: skip
-        options = (c, reg_weight, ignore, smoothing, z_loss, cap, first_class, all_classes)
-        return primitives(backend).row_gradient(rows, target, weight, stats, scale, *options)
+    def forward(rows, backend, target, weight, stats, scale, options):
+        return primitives(backend).row_gradient(rows, target, weight, stats, scale, options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -202,3 +185,36 @@ def apply(function: type[torch.autograd.Function], *arguments, count: int = 1) -
     if is_watched() or any(map(is_batched, arguments)):
         return (function if torch.compiler.is_compiling() else _watched(function)).apply(*arguments)
     return _plain(function, count).apply(*arguments[:count], arguments[count:])
+
+
+def _own_rows(rows: Tensor) -> bool:
+    """Whether rows lie in memory, one after another, so that a gradient can be written over them."""
+    return rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] and not rows.is_meta
+
+
+def loss_of_logits(arguments: Arguments, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, () or (N,), the losses of the rows, (4, N), and the factor."""
+    (rows,), target, weight, factor = arguments.inputs, arguments.target, arguments.weight, call.factor
+    backend, reduction, options, shard = call.backend, call.reduction, call.options, arguments.options.shard
+    if backend == "eager":
+        loss, losses = eager.row_loss(rows, target, weight, arguments.none_ignored, options)
+        return reduced(loss, factor, reduction, backend), losses, factor
+    known = None, None
+    if shard is not None:
+        losses, stats = known = row_loss(rows, target, weight, factor, backend, shard.name, options)
+        if call.divide:
+            counted = (target != options.ignore_index) & (target >= 0) & (target < arguments.num_classes)
+            factor = factor / torch.where(counted, stats[4], 0).sum()
+    (wants_gradient,), recompute = arguments.wanted, arguments.options.recompute
+    if wants_gradient or is_transformed():
+        inplace = arguments.options.inplace and wants_gradient and not is_watched() and _own_rows(rows)
+        if not wants_gradient:
+            recompute = True
+        elif recompute is None:
+            recompute = rows.dtype == torch.float16 or reduction == "none"
+        function = Recompute if recompute else SinglePass
+        loss, losses, _ = apply(function, rows, target, weight, factor, *known, backend, reduction, inplace, options)
+        return loss, losses, factor
+    if shard is None:
+        losses, _ = primitives(backend).row_loss(rows, target, weight, options)
+    return reduced(losses[0], factor, reduction, backend), losses, factor

@@ -6,6 +6,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .messages import warn_once
+
 GPUS = ("cuda", "xpu")  # AMD's are "cuda" too
 
 
@@ -60,6 +62,21 @@ def choose(backend: str | None, logits: Tensor, differentiable_arguments: bool) 
             "them if you do not want one"
         )
     return backend
+
+
+def backend_of(backend: str | None, rows: Tensor, target: Tensor, weight: Tensor | None, shard: object | None) -> str:
+    """Who computes. The user hears of it where a gradient that nobody may want makes it slow."""
+    others = (tensor for tensor in (target, weight) if tensor is not None)
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in others)
+    name = choose(backend, rows, differentiable)
+    if shard is not None and name == "eager":  # plain autograd knows nothing of other ranks
+        raise ValueError(
+            "backend: expected 'triton' or 'compile' for classes that are sharded, without torch.func transforms "
+            "inside torch.compile, and a target and weight that require no gradient, got 'eager'"
+        )
+    if differentiable and backend is None:
+        warn_once("plain autograd")
+    return name
 
 
 def primitives(name: str) -> ModuleType:

@@ -1,42 +1,27 @@
 """What the user passes, checked before anything is computed; errors name the argument, what was expected, what came.
 
 Only shapes, dtypes, devices and Python numbers are looked at, so nothing waits for a GPU, and all of it works while
-tracing. The exceptions are the range of class indices, and λ, that lie on a CPU.
+tracing. The exception is the range of class indices that lie on a CPU.
 """
 
 import sys
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 from torch import Tensor
 from torch.masked import MaskedTensor
 from torch.nn.parameter import UninitializedTensorMixin
 
-from .messages import of_shape, warn_user, wrong
-from .primitives import is_watched, value_on_cpu
+from .messages import of_shape, wrong
+from .primitives import is_watched
 from .sharding.shard import VocabShard
 
 GAPS = (UninitializedTensorMixin, MaskedTensor)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REALS = (*FLOATS, *INDICES, torch.uint16, torch.uint32, torch.uint64)
-REDUCTIONS = ("none", "mean", "sum")
-BACKENDS = (None, "triton", "compile", "eager")
-
 CLASSES_ARE_DIMENSION_1 = "dimension 1 of the logits is the classes: pass input.movedim(-1, 1)"
 AS_TENSOR = "torch.as_tensor makes one of a list, an array or a number"
-
-# From this many classes on, the plain sum S outweighs the cross entropy: measured on Gaussian clusters, accuracy fell
-# from 1.00 to 0.32 at K = 1000 and to 0.00 at K = 10000, where the class mean kept 1.00 and 0.97.
-MANY_CLASSES = 256
-
-
-def _is_number(value: object) -> bool:
-    # (int, float) comes first for torch.compile, which sees symbolic numbers as these.
-    # Of the other real numbers only NumPy's can be multiplied by a tensor.
-    if isinstance(value, (int, float)):
-        return not isinstance(value, bool)
-    return isinstance(value, Real) and type(value).__module__ == "numpy"
 
 
 def may_hold(condition: bool) -> bool:
@@ -46,95 +31,13 @@ def may_hold(condition: bool) -> bool:
     return condition
 
 
-def _check_number(argument: str, value: object, low: float, high: float, expected: str, mend: str = "") -> None:
-    """The number is in its range; ``mend`` says what to do instead of 0."""
-    if not _is_number(value):
-        mend = f"{argument}.item() makes a number of it" if isinstance(value, Tensor) else ""
-        raise wrong(TypeError, argument, expected, value, mend)
-    # A comparison of NumPy's scalars with these bounds may overflow. Converting others would lose their symbols.
-    number = value if isinstance(value, (int, float)) else float(value)
-    if not (may_hold(number >= low) and may_hold(number <= high)):
-        raise wrong(ValueError, argument, expected, value, mend if value == 0 else "")
-
-
-def _check_scalar_tensor(argument: str, value: Tensor) -> None:
-    _check_dense(argument, value)
-    if is_dtensor(value):
-        raise TypeError(f"{argument}: expected a plain tensor, got a DTensor; {argument}.full_tensor() is one")
-    if value.dim() != 0 or value.dtype not in REALS:
-        mend = f"{argument}.squeeze() has none" if value.dtype in REALS and value.numel() == 1 else ""
-        raise wrong(ValueError, argument, "a number or a real tensor of 0 dimensions", value, mend)
-    if value.requires_grad and torch.is_grad_enabled():
-        warn_once(f"a gradient of {argument}")
-
-
-def check_reg_weight(value: object, largest: float = sys.float_info.max) -> None:
-    """λ, alone."""
-    if isinstance(value, Tensor):
-        _check_scalar_tensor("reg_weight", value)
-    else:
-        _check_number("reg_weight", value, -largest, largest, "a finite number or a tensor of 0 dimensions")
-
-
-def check_options(
-    *,
-    c,
-    reg_weight,
-    class_mean,
-    ignore_index,
-    reduction,
-    denominator,
-    label_smoothing,
-    z_loss,
-    softcap,
-    return_parts,
-    shard,
-    backend,
-    inplace=False,
-    recompute=None,
-) -> None:
-    """The arguments that can be judged alone."""
-    largest = sys.float_info.max
-    # For smaller c, a probability divided by c leaves the range of float32.
-    _check_number("c", c, 1e-30, 1.0, "a number from 1e-30 to 1", "for plain cross entropy pass reg_weight=0")
-    check_reg_weight(reg_weight)
-    if not isinstance(ignore_index, (int, Integral)) or isinstance(ignore_index, bool):
-        raise wrong(TypeError, "ignore_index", "an int", ignore_index)
-    if not (may_hold(ignore_index >= -(2**63)) and may_hold(ignore_index < 2**63)):
-        raise wrong(ValueError, "ignore_index", "an int of 64 bits", ignore_index)
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise wrong(ValueError, "reduction", "'none', 'mean' or 'sum'", reduction)
-    if denominator is not None:
-        if reduction != "mean":
-            raise wrong(ValueError, "denominator", f"None with reduction={reduction!r}", denominator)
-        if isinstance(denominator, Tensor):
-            _check_scalar_tensor("denominator", denominator)
-        else:
-            expected = "a number of at least 1e-30 or a tensor of 0 dimensions"
-            _check_number("denominator", denominator, 1e-30, largest, expected)
-    _check_number("label_smoothing", label_smoothing, 0.0, 1.0, "a number from 0 to 1")
-    _check_number("z_loss", z_loss, 0.0, largest, "a finite number of at least 0")
-    if softcap is not None:
-        _check_number("softcap", softcap, 1e-30, 1e30, "None or a number from 1e-30 to 1e30")
-    for argument, value in (("class_mean", class_mean), ("recompute", recompute)):
-        if value is not None and not isinstance(value, bool):
-            raise wrong(TypeError, argument, "True, False or None", value)
-    for argument, value in (("inplace", inplace), ("return_parts", return_parts)):
-        if not isinstance(value, bool):
-            raise wrong(TypeError, argument, "True or False", value)
-    if not (backend is None or isinstance(backend, str)) or backend not in BACKENDS:
-        raise wrong(ValueError, "backend", "None, 'triton', 'compile' or 'eager'", backend)
-    if shard is not None and not isinstance(shard, VocabShard):
-        raise wrong(TypeError, "shard", "a VocabShard or None", shard)
-
-
 def is_dtensor(value: object) -> bool:
     """Whether it is a DTensor, which it can be only where somebody has imported them."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
-def _check_dense(argument: str, value: Tensor) -> None:
+def check_dense(argument: str, value: Tensor) -> None:
     """The tensor has a number at each place of its shape, and memory that is laid out by strides."""
     if value.layout is torch.strided and not value.is_nested and (type(value) is Tensor or not isinstance(value, GAPS)):
         return
@@ -159,7 +62,7 @@ def check_are_tensors(needed: dict[str, object], optional: dict[str, object]) ->
                 "is_leaf_module is true of the module, or use torch.export.export"
             )
         if isinstance(value, Tensor):
-            _check_dense(argument, value)
+            check_dense(argument, value)
         elif value is not None or argument in needed:
             expected = "a tensor" if argument in needed else "a tensor or None"
             raise wrong(TypeError, argument, expected, value, "" if value is None else AS_TENSOR)
@@ -259,15 +162,6 @@ def of_shard(
     return target, weight
 
 
-def check_backend_of_shard(backend: str) -> None:
-    """Plain autograd knows nothing of other ranks."""
-    if backend == "eager":
-        raise ValueError(
-            "backend: expected 'triton' or 'compile' for classes that are sharded, without torch.func transforms "
-            "inside torch.compile, and a target and weight that require no gradient, got 'eager'"
-        )
-
-
 def check_tensors(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, shard: VocabShard | None
 ) -> None:
@@ -294,7 +188,6 @@ def check_linear(
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
-    chunk_rows: int | None,
     shard: VocabShard | None,
 ) -> None:
     """The same for a linear layer and its loss."""
@@ -326,7 +219,6 @@ def check_linear(
             raise wrong(TypeError, argument, f"the input's dtype, {input.dtype}", value, mend)
     shape = input.shape[:-1] + linear_weight.shape[:1]
     _check_target(target, weight, ignore_index, input=input, logits_shape=shape, dim=input.dim() - 1)
-    check_chunk_rows(chunk_rows)
 
 
 def check_size(argument: str, value: object, expected: str = "an int") -> None:
@@ -339,12 +231,6 @@ def check_size(argument: str, value: object, expected: str = "an int") -> None:
         raise wrong(ValueError, argument, f"{expected} of 64 bits", value)
 
 
-def check_chunk_rows(chunk_rows: int | None) -> None:
-    """A number of rows, or None."""
-    if chunk_rows is not None:
-        check_size("chunk_rows", chunk_rows, "None or an int")
-
-
 def check_class_weights(weight: object, sizes: tuple[int, ...] = ()) -> None:
     """Class weights before there are logits: of one of these sizes, where they are known."""
     if weight is None:
@@ -352,7 +238,7 @@ def check_class_weights(weight: object, sizes: tuple[int, ...] = ()) -> None:
     if not isinstance(weight, Tensor):
         expected = "a tensor of class weights or None"
         raise wrong(TypeError, "weight", expected, weight, f"{AS_TENSOR}; other options are keywords, such as c=1e-7")
-    _check_dense("weight", weight)
+    check_dense("weight", weight)
     if weight.dtype not in FLOATS:
         raise wrong(TypeError, "weight", "a floating-point tensor", weight, _way_to_floats("weight", weight))
     if weight.dim() != 1 or (sizes and weight.shape[0] not in sizes):
@@ -406,55 +292,3 @@ def check_inplace(input: Tensor) -> None:
                 "inplace: expected False for logits that are a leaf requiring a gradient (or a view of one), got True; "
                 "their values would be overwritten"
             )
-
-
-# What is said once a process, where somebody would wonder about it.
-ONCE = {
-    "many classes": (
-        f"The regularizer S sums over the classes, and from K = {MANY_CLASSES} on it outweighs the cross entropy: "
-        "networks then learn little or nothing. Pass class_mean=True to divide it by K - 1, or class_mean=False to "
-        "keep the sum and silence this."
-    ),
-    "plain autograd": (
-        "target or weight requires a gradient, which only plain autograd gives: on a CPU it takes 10 to 30 times as "
-        "long. If that gradient is not wanted, as of a teacher's probabilities, pass target.detach() (or "
-        "weight.detach()); if it is, backend='eager' silences this."
-    ),
-    "all logits": (
-        "linear: expected a plain nn.Linear without hooks; this one is called, as it may do more than multiply by its "
-        "weight. So all logits, N x K, and their gradient are in memory, and not a chunk of them. To go without them, "
-        "merge the adapter, remove the hooks, or use torch.nn.utils.parametrizations."
-    ),
-    **{
-        f"a gradient of {argument}": (
-            f"{argument} requires a gradient and gets none: no gradient flows through it. Pass {argument}.detach() to "
-            "silence this."
-        )
-        for argument in ("reg_weight", "denominator")
-    },
-}
-_warned: set[str] = set()  # of ONCE
-
-
-def warn_once(what: str) -> None:
-    """Warn with a text of ``ONCE``, once a process, at the user's line."""
-    if what in _warned:
-        return
-    _warned.add(what)
-    warn_user(ONCE[what])
-
-
-# While compiling it runs once, as the graph is traced. (torch.compiler.assume_constant_result sets no more than this
-# attribute, but importing it loads Dynamo.)
-warn_once._dynamo_marked_constant = True
-
-
-def check_many_classes(num_classes: int, reg_weight: float | Tensor) -> None:
-    """Warn, once a process, where the plain sum over many classes drowns the cross entropy: unless λ is known as 0."""
-    if num_classes < MANY_CLASSES:
-        return
-    if not torch.compiler.is_compiling():  # which would compile the number in
-        reg_weight = value_on_cpu(reg_weight)
-        if not isinstance(reg_weight, Tensor) and reg_weight == 0:
-            return
-    warn_once("many classes")

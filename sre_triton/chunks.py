@@ -28,6 +28,7 @@ from .primitives import (
     NUM_OPTIONS,
     OPTIONS,
     OTHER_GRADIENTS,
+    RowOptions,
     as_tensors,
     hidden_from_modes,
     kept_options,
@@ -46,6 +47,7 @@ GPU_LOGITS, GPU_ROWS = 2**28, 1024
 # On a CPU 64 MiB in float32. At K = 50257 and 128256, D = 256, chunks of 512 and 1024 rows were the fastest; those of
 # 256 took 1.04 times as long in float32, 1.2 times in bfloat16 (2 cores).
 CPU_LOGITS, CPU_ROWS = 2**24, 512
+NUM_TENSORS = 7  # the first arguments of the op
 MULTIPLE = 64  # of rows, as products are computed in tiles
 LINE = 128  # bytes: where rows begin on a GPU. Products that read them at any other place, as for odd K, are slow.
 
@@ -100,10 +102,85 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.addmm(total, a, b, **how)
 
 
-def _store(grad_input: Tensor, rows: slice | Tensor, total: Tensor, work: dist.Work) -> None:
-    """The input's gradient of a chunk, when its sum over the ranks is there."""
-    work.wait()
-    grad_input[rows] = total.to(grad_input.dtype)
+def _rows_that_count(target: Tensor, ignore_index: int) -> tuple[Tensor | None, Tensor | None]:
+    """Of class indices (N,): which rows are ignored, (N,), on a GPU, and which are kept, (any,), on a CPU.
+
+    Nothing of an ignored row is to reach a gradient, not even a NaN among its features. On a CPU such rows are left
+    out; on a GPU, where to count them would be to wait for them, their features are set to 0. None where there is
+    nothing to do.
+    """
+    if target.dim() == 2:
+        return None, None
+    ignored = target == ignore_index
+    if ignored.device.type != "cpu":
+        return ignored, None
+    return None, (~ignored).nonzero().squeeze(1) if ignored.any() else None
+
+
+def _room_for_logits(W: Tensor, num_rows: int, backend: str) -> Tensor:
+    """Memory for the logits of a chunk, (num_rows, K), which all chunks share."""
+    num_classes = pitch = W.shape[0]
+    if backend == "triton":
+        pitch = -(-num_classes * W.dtype.itemsize // LINE) * LINE // W.dtype.itemsize
+    logits = W.new_empty(num_rows, pitch)
+    # On a CPU with AMX, products in bfloat16 read on to the next multiple of 32 classes, and 0 times NaN is NaN.
+    logits[:, num_classes:].zero_()
+    return logits[:, :num_classes]
+
+
+class _Gradients:
+    """The gradients of input, W and b that are wanted, to which each chunk adds; those that are not have no elements.
+
+    Sums over the chunks are float32 or wider. The input's gradient of a chunk is, where classes are sharded, a sum over
+    the ranks, which is on its way while the next chunk is computed.
+    """
+
+    def __init__(
+        self, input: Tensor, W: Tensor, wanted: tuple[bool, bool, bool], sums_dtype: torch.dtype, group: object
+    ) -> None:
+        of_input, of_weight, of_bias = wanted
+        self.wanted, self.group, self.W = wanted, group, W
+        self.exact = compute_dtype(W.dtype)
+        self.input = input.new_zeros(input.shape if of_input else 0)
+        self.weight = W.new_empty(W.shape if of_weight else 0, dtype=sums_dtype)
+        self.bias = W.new_zeros(W.shape[0] if of_bias else 0, dtype=self.exact)
+        self.first = True
+        self.on_its_way = None
+
+    def add(self, rows: slice | Tensor, x: Tensor, g: Tensor) -> None:
+        """Add what follows from a chunk's features x (n, D) and gradient of logits g (n, K)."""
+        of_input, of_weight, of_bias = self.wanted
+        if of_input and self.group is None:
+            self.input[rows] = torch.mm(g, self.W).to(self.input.dtype)
+        elif of_input:
+            total = self.W.new_empty(x.shape, dtype=self.exact)
+            _add_product(total, g, self.W, first=True)
+            self.arrive()
+            self.on_its_way = rows, total, dist.all_reduce(total, group=self.group, async_op=True)
+        if of_weight:
+            _add_product(self.weight, g.t(), x, self.first)
+        if of_bias:
+            self.bias += g.sum(0, dtype=self.exact)
+        self.first = False
+
+    def arrive(self) -> None:
+        """Store the chunk of the input's gradient whose sum over the ranks is on its way."""
+        if self.on_its_way is not None:
+            rows, total, work = self.on_its_way
+            work.wait()
+            self.input[rows] = total.to(self.input.dtype)
+
+    def finish(self, linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """All three, those of parameters in their :func:`gradient_dtype`."""
+        self.arrive()
+        if self.first:  # there were no rows
+            self.weight.zero_()
+        dtype, bias = self.W.dtype, linear_weight if linear_bias is None else linear_bias
+        return (
+            self.input,
+            self.weight.to(gradient_dtype(linear_weight, dtype)),
+            self.bias.to(gradient_dtype(bias, dtype)),
+        )
 
 
 @hidden_from_modes
@@ -115,58 +192,31 @@ def _compute(
     weight: Tensor | None,
     factor: Tensor,
     upstream: Tensor | None,
-    backend: str,
-    chunk_rows: int,
-    dtype: torch.dtype,
-    wanted: list[bool],
-    early: bool,
-    group_name: str,
-    divide: bool,
-    *options,
+    how: How,
+    options: RowOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row_primitives = primitives(backend)
-    input = input.detach()
+    row_primitives = primitives(how.backend)
+    input, dtype = input.detach(), how.dtype
     W = linear_weight.detach().to(dtype)
     b = None if linear_bias is None else linear_bias.detach().to(dtype)
     num_rows, num_classes = input.shape[0], W.shape[0]
-    of_input, of_weight, of_bias = wanted
-    group = group_of(group_name) if group_name else None
+    group = group_of(how.group) if how.group else None
 
-    # Nothing of an ignored row is to reach a gradient, not even a NaN among its features. On a CPU such rows are left
-    # out; on a GPU, where to count them would be to wait for them, their features are set to 0.
-    ignored = target == options[2] if target.dim() == 1 else None
-    kept = None
-    if ignored is not None and ignored.device.type == "cpu":
-        kept = (~ignored).nonzero().squeeze(1) if ignored.any() else None
-        ignored = None
+    ignored, kept = _rows_that_count(target, options.ignore_index)
     num_kept = num_rows if kept is None else kept.shape[0]
     # The same on all ranks.
-    classes_of_rank = num_classes if group is None else -(-options[-1] // group.size())
-    size = min(chunk_rows or rows_of_chunk(num_kept, classes_of_rank, input.device), num_kept)
+    classes_of_rank = num_classes if group is None else -(-options.all_classes // group.size())
+    size = min(how.chunk_rows or rows_of_chunk(num_kept, classes_of_rank, input.device), num_kept)
     chunks = _chunks(num_rows, size, kept)
 
-    exact = compute_dtype(dtype)
-    losses = input.new_zeros(NUM_LOSSES, num_rows, dtype=exact)
-    grad_input = input.new_zeros(input.shape if of_input else 0)
-    sums_dtype = dtype if len(chunks) == 1 and gradient_dtype(linear_weight, dtype) == dtype else exact
-    grad_weight = W.new_empty(W.shape if of_weight else 0, dtype=sums_dtype)
-    grad_bias = W.new_zeros(num_classes if of_bias else 0, dtype=exact)
-    if not chunks:
-        grad_weight.zero_()
-
-    pitch = num_classes
-    if backend == "triton":
-        pitch = -(-num_classes * dtype.itemsize // LINE) * LINE // dtype.itemsize
-    logits = W.new_empty(size, pitch)
-    # On a CPU with AMX, products in bfloat16 read on to the next multiple of 32 classes, and 0 times NaN is NaN.
-    logits[:, num_classes:].zero_()
-    logits = logits[:, :num_classes]
-    scale = factor if early else torch.ones_like(factor)
+    one_sum = len(chunks) == 1 and gradient_dtype(linear_weight, dtype) == dtype
+    gradients = _Gradients(input, W, how.wanted, dtype if one_sum else compute_dtype(dtype), group)
+    losses = input.new_zeros(NUM_LOSSES, num_rows, dtype=compute_dtype(dtype))
+    logits = _room_for_logits(W, size, how.backend)
+    scale = factor if how.early else torch.ones_like(factor)
     scale = (scale if upstream is None else scale * upstream).expand(num_rows)
-    divisor = sum_of_weights(target, weight, *options) if divide else factor.new_empty(0)
-    on_its_way = None
+    divisor = sum_of_weights(target, weight, options) if how.divide else factor.new_empty(0)
     for rows in chunks:
-        first = rows is chunks[0]
         x = input[rows].to(dtype)
         if ignored is not None:
             x = x.masked_fill(ignored[rows].unsqueeze(1), 0)
@@ -176,38 +226,24 @@ def _compute(
         else:
             torch.addmm(b, x, W.t(), out=z)
         of_rows = z, target[rows], weight
-        if group is None and not any(wanted):
-            losses[:, rows] = row_primitives.row_loss(*of_rows, *options)[0]
+        if group is None and not any(how.wanted):
+            losses[:, rows] = row_primitives.row_loss(*of_rows, options)[0]
             continue
         if group is None:
-            losses[:, rows], g = row_primitives.row_loss_and_gradient_(*of_rows, scale[rows], *options)
+            losses[:, rows], g = row_primitives.row_loss_and_gradient_(*of_rows, scale[rows], options)
         else:
-            call, rest = ("linear", of_input, size), divisor if first else divisor[:0]
+            first = rows is chunks[0]
+            call, rest = ("linear", how.wanted[0], size), divisor if first else divisor[:0]
             losses[:, rows], stats, rest = row_stats(row_primitives, *of_rows, options, group, 1.0, call, rest)
-            if first and divide:
+            if first and how.divide:
                 divisor = rest
-                scale = scale / divisor if early else scale
-            if not any(wanted):
+                scale = scale / divisor if how.early else scale
+            if not any(how.wanted):
                 continue
-            g = row_primitives.row_gradient_(*of_rows, stats, scale[rows], *options)
-        if of_input and group is None:
-            grad_input[rows] = torch.mm(g, W).to(grad_input.dtype)
-        elif of_input:
-            total = W.new_empty(x.shape, dtype=exact)
-            _add_product(total, g, W, first=True)
-            if on_its_way is not None:
-                _store(grad_input, *on_its_way)
-            on_its_way = rows, total, dist.all_reduce(total, group=group, async_op=True)
-        if of_weight:
-            _add_product(grad_weight, g.t(), x, first)
-        if of_bias:
-            grad_bias += g.sum(0, dtype=exact)
-    if on_its_way is not None:
-        _store(grad_input, *on_its_way)
-    grad_weight = grad_weight.to(gradient_dtype(linear_weight, dtype))
-    grad_bias = grad_bias.to(gradient_dtype(linear_weight if linear_bias is None else linear_bias, dtype))
-    factor = factor / divisor.squeeze(0) if divide else factor.clone()  # not what came in
-    return losses, grad_input, grad_weight, grad_bias, factor
+            g = row_primitives.row_gradient_(*of_rows, stats, scale[rows], options)
+        gradients.add(rows, x, g)
+    factor = factor / divisor.squeeze(0) if how.divide else factor.clone()  # not what came in
+    return losses, *gradients.finish(linear_weight, linear_bias), factor
 
 
 def _fake(
@@ -256,13 +292,19 @@ def _flops(
     return 2 * num_rows * num_features * num_classes * (1 + of_input + of_weight)
 
 
+def _of_op(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`_compute`, whose last two arguments an op takes one by one."""
+    end = NUM_TENSORS + len(How._fields)  # PyTorch may leave out options after it that have their defaults
+    return _compute(*args[:NUM_TENSORS], How(*args[NUM_TENSORS:end]), RowOptions(*args[end:]))
+
+
 def _setup_context(ctx, inputs, output):
     if any(ctx.needs_input_grad[3:5]):
         raise ValueError(OTHER_GRADIENTS)
-    ctx.backend, ctx.chunk_rows, ctx.dtype, _, _, ctx.group, _ = inputs[7:-NUM_OPTIONS]
+    ctx.how = How(*inputs[NUM_TENSORS:-NUM_OPTIONS])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[-1])
-    ctx.save_for_backward(*inputs[:5], *kept_options(ctx, inputs[-NUM_OPTIONS:]))
+    ctx.save_for_backward(*inputs[:5], *kept_options(ctx, RowOptions(*inputs[-NUM_OPTIONS:])))
 
 
 def _backward(ctx, grad_losses, *grad_gradients):
@@ -274,7 +316,7 @@ def _backward(ctx, grad_losses, *grad_gradients):
     upstream = grad_losses[0]  # The other losses are the parts, through which no gradient flows.
     wanted = list(ctx.needs_input_grad[:3])
     one = torch.ones_like(upstream[:1]).squeeze(0)
-    how = ctx.backend, ctx.chunk_rows, ctx.dtype, wanted, True, ctx.group, False
+    how = ctx.how._replace(wanted=wanted, early=True, divide=False)
     _, *gradients, _ = _op(*tensors, one, upstream, *how, *options_again(ctx, saved))
     gradients = (gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted, strict=True))
     return *gradients, *(None,) * (len(ctx.needs_input_grad) - 3)
@@ -282,7 +324,7 @@ def _backward(ctx, grad_losses, *grad_gradients):
 
 _op = torch.library.custom_op(
     "sre_triton::linear_losses_and_gradients",
-    without_forward_ad(_compute),
+    without_forward_ad(_of_op),
     mutates_args=(),
     schema="(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor factor, "
     "Tensor? upstream, str backend, int chunk_rows, ScalarType dtype, bool[] wanted, bool early, str group, "
@@ -303,15 +345,13 @@ def linear_losses_and_gradients(
     factor: Tensor,  # ()
     upstream: Tensor | None,  # (), (N,)
     how: How,
-    *options,  # the primitives'
+    options: RowOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The losses of each row, (4, N), those gradients of Σ factor * upstream * loss that are wanted, and the factor.
 
     The gradients of parameters have their :func:`gradient_dtype`. One that is not wanted has no elements.
     """
     tensors = input, linear_weight, linear_bias, target, weight, factor, upstream
-    others = how.backend, how.chunk_rows, how.dtype, list(how.wanted), how.early, how.group, how.divide
-    arguments = *tensors, *others
     if any(tensor is not None and needs_dispatch(tensor, (tensor,)) for tensor in tensors):
-        return _op(*arguments, *as_tensors(options))
-    return _compute(*arguments, *options)
+        return _op(*tensors, *how._replace(wanted=list(how.wanted)), *as_tensors(options))
+    return _compute(*tensors, how, options)

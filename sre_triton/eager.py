@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .primitives import RowOptions
 from .reference import compute_dtype
 
 
@@ -34,20 +35,15 @@ def row_loss(
     target: Tensor,  # class indices (N,) or probabilities (N, K)
     weight: Tensor | None,  # (K,)
     none_ignored: bool,  # all class indices are seen to be in range
-    c: float | Tensor,
-    reg_weight: float | Tensor,
-    ignore_index: int,
-    label_smoothing: float | Tensor | None,
-    z_loss: float | Tensor | None,
-    softcap: float | Tensor | None,
+    options: RowOptions,
 ) -> tuple[Tensor, Tensor]:
     """The loss of each row, (N,), and, detached, its losses as in primitives.py, (4, N)."""
-    num_classes = logits.shape[1]
+    num_classes, c, softcap = logits.shape[1], options.c, options.softcap
     indices = target.dim() == 1
     look = indices and not none_ignored
     z = logits.to(compute_dtype(logits.dtype))
     if look:
-        ignored = target == ignore_index
+        ignored = target == options.ignore_index
         z = torch.where(ignored.unsqueeze(1), 0, z)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -65,8 +61,8 @@ def row_loss(
     h = coin_entropy(t)
 
     w = None if weight is None else weight.to(z.dtype)
-    smoothed = label_smoothing is not None
-    label_smoothing = label_smoothing if smoothed else 0.0
+    smoothed = options.label_smoothing is not None
+    label_smoothing = options.label_smoothing if smoothed else 0.0
     even = label_smoothing / num_classes
     if indices:
         omega = 1 if w is None else w[target]
@@ -82,7 +78,7 @@ def row_loss(
         y = (1 - label_smoothing) * y + even if smoothed else y
         H = cross_entropy(d - log_sum, y if w is None else w * y)
     S = omega * ((1 - even) * h.sum(1) - (1 - label_smoothing) * h_target)
-    z_penalty = (0.0 if z_loss is None else z_loss) * omega * (m + log_sum).squeeze(1).square()
-    loss = H - reg_weight * S + z_penalty
+    z_penalty = (0.0 if options.z_loss is None else options.z_loss) * omega * (m + log_sum).squeeze(1).square()
+    loss = H - options.reg_weight * S + z_penalty
     losses = torch.stack([loss, H, S, z_penalty]).detach()
     return (torch.where(ignored, 0, loss), torch.where(ignored, 0, losses)) if look else (loss, losses)

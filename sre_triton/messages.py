@@ -73,3 +73,48 @@ def warn_user(text: str, category: type[Warning] = UserWarning) -> None:
     while frame.f_back and frame.f_globals.get("__name__", "").startswith(("sre_triton.", "torch.")):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, category, stacklevel=level)
+
+
+# From this many classes on, the plain sum S outweighs the cross entropy: measured on Gaussian clusters, accuracy fell
+# from 1.00 to 0.32 at K = 1000 and to 0.00 at K = 10000, where the class mean kept 1.00 and 0.97.
+MANY_CLASSES = 256
+
+# What is said once a process, where somebody would wonder about it.
+ONCE = {
+    "many classes": (
+        f"The regularizer S sums over the classes, and from K = {MANY_CLASSES} on it outweighs the cross entropy: "
+        "networks then learn little or nothing. Pass class_mean=True to divide it by K - 1, or class_mean=False to "
+        "keep the sum and silence this."
+    ),
+    "plain autograd": (
+        "target or weight requires a gradient, which only plain autograd gives: on a CPU it takes 10 to 30 times as "
+        "long. If that gradient is not wanted, as of a teacher's probabilities, pass target.detach() (or "
+        "weight.detach()); if it is, backend='eager' silences this."
+    ),
+    "all logits": (
+        "linear: expected a plain nn.Linear without hooks; this one is called, as it may do more than multiply by its "
+        "weight. So all logits, N x K, and their gradient are in memory, and not a chunk of them. To go without them, "
+        "merge the adapter, remove the hooks, or use torch.nn.utils.parametrizations."
+    ),
+    **{
+        f"a gradient of {argument}": (
+            f"{argument} requires a gradient and gets none: no gradient flows through it. Pass {argument}.detach() to "
+            "silence this."
+        )
+        for argument in ("reg_weight", "denominator")
+    },
+}
+_warned: set[str] = set()  # of ONCE
+
+
+def warn_once(what: str) -> None:
+    """Warn with a text of ``ONCE``, once a process, at the user's line."""
+    if what in _warned:
+        return
+    _warned.add(what)
+    warn_user(ONCE[what])
+
+
+# While compiling it runs once, as the graph is traced. (torch.compiler.assume_constant_result sets no more than this
+# attribute, but importing it loads Dynamo.)
+warn_once._dynamo_marked_constant = True

@@ -9,19 +9,15 @@ from torch import Tensor
 
 from .checks import (
     check_are_tensors,
-    check_chunk_rows,
     check_class_weights,
     check_features,
     check_layer,
-    check_options,
-    check_reg_weight,
     is_dtensor,
-    warn_once,
 )
+from .functional import linear_self_regularized_entropy, self_regularized_entropy
 from .layer import features_of
-from .linear import linear_self_regularized_entropy
-from .loss import self_regularized_entropy
-from .messages import wrong
+from .messages import warn_once, wrong
+from .options import Options, check_options, check_reg_weight
 from .reference import Parts
 from .sharding.shard import VocabShard
 
@@ -50,9 +46,8 @@ class _Loss(torch.nn.Module):
     weight: Tensor | None
     reg_weight: Tensor
 
-    def _check(self, weight: object, *, chunk_rows: int | None = None, **options: object) -> None:
-        check_chunk_rows(chunk_rows)
-        check_options(**options)
+    def _check(self, weight: object, **options: object) -> None:
+        check_options(Options(**options))
         shard, num_classes = options["shard"], self._num_classes
         if shard is not None and num_classes not in (None, shard.num_classes):
             raise wrong(ValueError, "shard", f"one of {num_classes} classes, as num_classes", shard)

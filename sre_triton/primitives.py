@@ -55,15 +55,32 @@ NUM_STATS = NUM_LSE + NUM_SUMS
 # The dimension of the rows in each argument that has one.
 ROW_DIM = {"logits": 0, "target": 0, "scale": 0, "stats": 1}
 
-# The last arguments of all primitives. c, λ', ε, α and the softcap are tensors, (), as torch.compile would compile
-# numbers in; eager calls take numbers as well. Those that may be None are not in use then. The last two are of classes
-# that are sharded: the first class of the logits, and K with those of all other shards; targets that none of the logits
-# belongs to are then another shard's.
+
+class RowOptions(NamedTuple):
+    """The last argument of all primitives: what a row's numbers depend on beside the tensors of its arguments.
+
+    Numbers in eager code. While compiling c, λ', ε, α and the softcap are tensors, (), as torch.compile would compile
+    numbers in; and so may λ' be in eager code. An option that is not in use is None.
+    """
+
+    c: float | Tensor
+    reg_weight: float | Tensor  # λ'
+    ignore_index: int
+    label_smoothing: float | Tensor | None = None
+    z_loss: float | Tensor | None = None
+    softcap: float | Tensor | None = None
+    # Of sharded classes: the first of these logits, and K, of all shards. A target that is no class of these logits is
+    # then another shard's.
+    first_class: int = 0
+    all_classes: int | None = None
+
+
+# The same, as the registered ops take it: one argument for each.
 OPTIONS = (
     "Tensor c, Tensor reg_weight, SymInt ignore_index, Tensor? label_smoothing, Tensor? z_loss, Tensor? softcap, "
     "int first_class=0, SymInt? all_classes=None"
 )
-NUM_OPTIONS = OPTIONS.count(",") + 1
+NUM_OPTIONS = len(RowOptions._fields)
 
 
 def new_numbers(logits: Tensor, count: int) -> Tensor:
@@ -82,6 +99,10 @@ class Primitive(NamedTuple):
     arguments: str  # logits (N, K), target (N,) or (N, K), weight (K,), stats, scale (N,): factors of the gradient
     fake: Callable  # the outputs, given the logits
     row_dims: tuple[int, ...]  # the dimension of the rows in each output
+
+    def num_tensors(self) -> int:
+        """How many arguments come before the options."""
+        return self.arguments.count(",") + 1
 
     def schema(self) -> str:
         """As PyTorch writes it."""
@@ -179,7 +200,7 @@ def value_on_cpu(number: float | Tensor) -> float | Tensor:
     return number
 
 
-def as_tensors(options: tuple) -> list:
+def as_tensors(options: RowOptions) -> list:
     """The options as the registered ops take them."""
     return [
         torch.tensor(option, dtype=torch.float64, device="cpu") if isinstance(option, float) else option
@@ -187,15 +208,17 @@ def as_tensors(options: tuple) -> list:
     ]
 
 
-def kept_options(ctx, options: tuple) -> list[Tensor | None]:
+def kept_options(ctx, options: RowOptions) -> list[Tensor | None]:
     """The scalars among the options that are tensors, to be saved; the ctx keeps the others."""
     ctx.options = tuple(None if isinstance(option, Tensor) else option for option in options)
     return [option if isinstance(option, Tensor) else None for option in options]
 
 
-def options_again(ctx, saved: list[Tensor | None]) -> list:
+def options_again(ctx, saved: list[Tensor | None]) -> RowOptions:
     """The options, from what was saved of them."""
-    return [option if tensor is None else tensor for tensor, option in zip(saved, ctx.options, strict=True)]
+    return RowOptions(
+        *(option if tensor is None else tensor for tensor, option in zip(saved, ctx.options, strict=True))
+    )
 
 
 def batching_rule(op: Callable, out_row_dims: tuple[int, ...]) -> Callable:
@@ -266,7 +289,7 @@ def register_formula(op: Callable, backend_of: Callable[[tuple], str], with_stat
             ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         ctx.backend = backend_of(inputs)
-        ctx.save_for_backward(*inputs[:3], stats, *kept_options(ctx, inputs[-NUM_OPTIONS:]))
+        ctx.save_for_backward(*inputs[:3], stats, *kept_options(ctx, RowOptions(*inputs[-NUM_OPTIONS:])))
 
     def backward(ctx, grad_losses, grad_gradient):
         if grad_gradient is not None:
@@ -285,12 +308,13 @@ def register_formula(op: Callable, backend_of: Callable[[tuple], str], with_stat
 def _register(backend: str, name: str) -> Callable:
     """The op ``sre_triton::<backend>_<name>``."""
     primitive = PRIMITIVES[name]
+    num_tensors = primitive.num_tensors()
 
     @without_forward_ad
     @hidden_from_modes
     def contiguous(*args):
         importlib.import_module(f".{MODULES[backend]}", __package__)
-        outs = _functions[backend, name](*args)
+        outs = _functions[backend, name](*args[:num_tensors], RowOptions(*args[num_tensors:]))
         return outs.contiguous() if isinstance(outs, Tensor) else tuple(out.contiguous() for out in outs)
 
     op = torch.library.custom_op(
@@ -316,13 +340,13 @@ def primitive(backend: str) -> Callable[[Callable], Callable]:
         name = function.__name__
         op = OPS[backend, name]
         _functions[backend, name] = function
-        num_tensors = PRIMITIVES[name].arguments.count(",")  # after the logits
 
         @functools.wraps(function)
         def call(logits: Tensor, *args):
-            if not needs_dispatch(logits, args):
+            *tensors, options = args
+            if not needs_dispatch(logits, (*tensors, *options)):
                 return function(logits, *args)
-            return op(logits, *args[:num_tensors], *as_tensors(args[num_tensors:]))
+            return op(logits, *tensors, *as_tensors(options))
 
         call.op = op
         return call

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 from ranks import Ranks
 
-from sre_triton import checks
+from sre_triton import messages
 from sre_triton.compiled import inductor
 
 torch.set_num_threads(1)  # The tests run in two processes.
@@ -28,7 +28,7 @@ def _poisoned_memory():
 @pytest.fixture(autouse=True)
 def _warned(monkeypatch):
     """What is said once a process has been said; tests of it set this back."""
-    monkeypatch.setattr(checks, "_warned", set(checks.ONCE))
+    monkeypatch.setattr(messages, "_warned", set(messages.ONCE))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import mpmath
 import torch
 
 from sre_triton import reference, self_regularized_entropy
-from sre_triton.primitives import as_tensors
+from sre_triton.primitives import RowOptions, as_tensors
 
 # Every option, alone and together. "weight" and "target" are filled in by `problem`.
 OPTIONS = {
@@ -50,17 +50,10 @@ def problem(N, K, options, *, probabilities=False, spread=3.0, seed=0, dtype=tor
 
 
 def options_of(**options):
-    """The last arguments of the primitives."""
-    defaults = {
-        "c": 1e-7,
-        "reg_weight": 1.0,
-        "ignore_index": -100,
-        "label_smoothing": None,
-        "z_loss": None,
-        "softcap": None,
-    }
-    values = defaults | {name: value for name, value in options.items() if name in defaults}
-    return as_tensors(tuple(values.values()))
+    """The last argument of the primitives."""
+    values = {"c": 1e-7, "reg_weight": 1.0, "ignore_index": -100}
+    values |= {name: value for name, value in options.items() if name in RowOptions._fields}
+    return RowOptions(*as_tensors(RowOptions(**values)))
 
 
 def loss_and_gradient(logits, target, *, upstream=None, loss=self_regularized_entropy, **options):

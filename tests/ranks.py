@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sre_triton import checks
+from sre_triton import messages
 from sre_triton.compiled import inductor
 
 TIMEOUT = 60  # seconds: what a test may take
@@ -35,7 +35,7 @@ def _join(rank, num_ranks, folder, kind, timeout=TIMEOUT):
         warnings.filterwarnings("ignore", f".*{text}")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    checks._warned.update(checks.ONCE)
+    messages._warned.update(messages.ONCE)
     inductor._uncompiled.add("cpu")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if kind == "nccl":

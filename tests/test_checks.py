@@ -10,8 +10,8 @@ import torch
 from sre_triton import (
     LinearSelfRegularizedEntropyLoss,
     SelfRegularizedEntropyLoss,
-    checks,
     linear_self_regularized_entropy,
+    messages,
     self_regularized_entropy,
 )
 
@@ -435,7 +435,7 @@ def said(monkeypatch):
     """Calls a function as in a new process: what it warns of, all at the line of the test."""
 
     def run(function, *args, **keywords):
-        monkeypatch.setattr(checks, "_warned", set())
+        monkeypatch.setattr(messages, "_warned", set())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             for _ in range(2):

@@ -11,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sre_triton import (
     LinearSelfRegularizedEntropyLoss,
     SelfRegularizedEntropyLoss,
-    checks,
     eager,
     linear_self_regularized_entropy,
+    messages,
     reference,
     self_regularized_entropy,
 )
+from sre_triton.primitives import RowOptions
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 N, K = 4, 7
@@ -122,7 +123,7 @@ def test_an_index_that_is_no_class_is_nan_in_its_own_row():
     logits, target, _ = problem(N, K, {})
     target[0], target[1], target[2] = K, -100, -1
     leaf = logits.requires_grad_()
-    loss, losses = eager.row_loss(leaf, target, None, False, 1e-7, 1.0, -100, None, None, None)
+    loss, losses = eager.row_loss(leaf, target, None, False, RowOptions(1e-7, 1.0, -100))
     loss.sum().backward()
     for numbers in (loss, losses[1], losses[2], leaf.grad[:, 0], leaf.grad[:, -1]):
         assert numbers.isnan().tolist() == [True, False, True, False]
@@ -163,7 +164,7 @@ def test_says_once_that_a_gradient_to_the_target_is_slow(monkeypatch, uncompiled
     teacher, weight = target.clone().requires_grad_(), torch.ones(K, requires_grad=True)
 
     def said(call, *arguments, **options):
-        monkeypatch.setattr(checks, "_warned", {"many classes"})
+        monkeypatch.setattr(messages, "_warned", {"many classes"})
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):

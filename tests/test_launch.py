@@ -208,16 +208,16 @@ def test_nothing_outside_the_arguments_is_read_or_written(K, dtype, name, probab
 
     monkeypatch.setattr(kernels, "new_numbers", lambda z, count: new_matrix((count, N), torch.float32))
     monkeypatch.setattr(kernels, "new_gradient", lambda z: new_matrix(z.shape, z.dtype))
-    losses, stats = kernels.row_loss(logits, target, weight, *options)
-    fused_losses, fused_gradient = kernels.row_loss_and_gradient(logits, target, weight, scale, *options)
-    gradient = kernels.row_gradient(logits, target, weight, stats, scale, *options)
-    lse = kernels.row_lse(logits, target, weight, *options)
-    sums = kernels.row_sums(logits, target, lse, *options)
+    losses, stats = kernels.row_loss(logits, target, weight, options)
+    fused_losses, fused_gradient = kernels.row_loss_and_gradient(logits, target, weight, scale, options)
+    gradient = kernels.row_gradient(logits, target, weight, stats, scale, options)
+    lse = kernels.row_lse(logits, target, weight, options)
+    sums = kernels.row_sums(logits, target, lse, options)
     assert all(untouched() for untouched in checks)
     for output in (losses, stats, fused_losses, fused_gradient, gradient, lse, sums):
         assert output.isfinite().all()
     assert torch.equal(logits, values)
-    kernels.row_loss_and_gradient_(logits, target, weight, scale, *options)
+    kernels.row_loss_and_gradient_(logits, target, weight, scale, options)
     torch.testing.assert_close(logits, fused_gradient)
     kernels.scale_gradient_(logits, torch.tensor(2.0))
     torch.testing.assert_close(logits, 2 * fused_gradient)
@@ -305,7 +305,7 @@ def test_rows_further_apart_than_32_bits(kernels):
     logits = base.as_strided((2, K), (distance, 1))
     values, target, _ = problem(2, K, {}, dtype=torch.float16)
     logits.copy_(values)
-    given = (target, None, torch.ones(2), *options_of())
+    given = (target, None, torch.ones(2), options_of())
     expected = kernels.row_loss_and_gradient(values, *given)
     torch.testing.assert_close(kernels.row_loss_and_gradient(logits, *given), expected)
     kernels.row_loss_and_gradient_(logits, *given)
@@ -321,21 +321,21 @@ def test_scalars_may_lie_on_the_gpu(K, dtype, kernels, monkeypatch):
     others = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0}
     for c, used in ((1e-30, ()), (1e-7, others), (0.75, ["z_loss"]), (1.0, ["softcap"])):
         options = options_of(c=c, reg_weight=0.7, **{name: others[name] for name in used})
-        expected = kernels.row_loss_and_gradient(logits, target, None, torch.ones(4), *options)
+        expected = kernels.row_loss_and_gradient(logits, target, None, torch.ones(4), options)
         with monkeypatch.context() as patch:
             patch.setattr(launch, "_scalar", lambda x: x if x is None else x.to(logits.device, dtype))
-            losses, gradient = kernels.row_loss_and_gradient(logits, target, None, torch.ones(4), *options)
+            losses, gradient = kernels.row_loss_and_gradient(logits, target, None, torch.ones(4), options)
         torch.testing.assert_close(losses, expected[0], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(gradient, expected[1], rtol=1e-5, atol=1e-8)
 
 
 def test_every_write_in_place_moves_the_version(kernels):
     logits, target, _ = problem(4, 100, {})
-    _, stats = kernels.row_loss(logits, target, None, *options_of())
+    _, stats = kernels.row_loss(logits, target, None, options_of())
     for write in (
         lambda: kernels.scale_gradient_(logits, torch.tensor(1.0)),
-        lambda: kernels.row_gradient_(logits, target, None, stats, torch.ones(4), *options_of()),
-        lambda: kernels.row_loss_and_gradient_(logits, target, None, torch.ones(4), *options_of()),
+        lambda: kernels.row_gradient_(logits, target, None, stats, torch.ones(4), options_of()),
+        lambda: kernels.row_loss_and_gradient_(logits, target, None, torch.ones(4), options_of()),
     ):
         version = logits._version
         write()

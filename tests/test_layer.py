@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from sre_triton import LinearSelfRegularizedEntropyLoss, checks, self_regularized_entropy
+from sre_triton import LinearSelfRegularizedEntropyLoss, messages, self_regularized_entropy
 
 N, D, K = 6, 8, 20
 exact = {"rtol": 1e-11, "atol": 1e-12}
@@ -248,7 +248,7 @@ def test_under_the_users_compile(name, with_logits, uncompiled):
 
 
 def test_says_once_what_it_costs(monkeypatch, uncompiled):
-    monkeypatch.setattr(checks, "_warned", set())
+    monkeypatch.setattr(messages, "_warned", set())
     x, target = features(), first((N,))
     head_of()(x, target)  # in silence, as are all others
     head = changed("adapter")
@@ -271,7 +271,7 @@ def test_a_target_that_is_no_tensor(uncompiled):
 
 def test_says_it_while_compiling(monkeypatch, uncompiled):
     torch.compiler.reset()
-    monkeypatch.setattr(checks, "_warned", set())
+    monkeypatch.setattr(messages, "_warned", set())
     compiled = torch.compile(changed("adapter"), fullgraph=True, backend="aot_eager")
     with pytest.warns(UserWarning, match="all logits"):
         compiled(features(), first((N,)))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers import OPTIONS, loss_and_gradient, problem, truth
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from sre_triton import Parts, SelfRegularizedEntropyLoss, checks, self_regularized_entropy
+from sre_triton import Parts, SelfRegularizedEntropyLoss, messages, self_regularized_entropy
 from sre_triton.backend import primitives
 from sre_triton.compiled import inductor
 from sre_triton.compiled import primitives as compiled_primitives
@@ -103,7 +103,7 @@ def test_warns_once_of_many_classes(monkeypatch, uncompiled):
     target = torch.tensor([3])
 
     def warned(K, **keywords):
-        monkeypatch.setattr(checks, "_warned", set())
+        monkeypatch.setattr(messages, "_warned", set())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):
@@ -122,7 +122,7 @@ def test_warns_once_of_many_classes(monkeypatch, uncompiled):
 
 def test_warns_of_many_classes_where_reg_weight_is_not_read(monkeypatch, uncompiled):
     def warned(function, K, reg_weight):
-        monkeypatch.setattr(checks, "_warned", set())
+        monkeypatch.setattr(messages, "_warned", set())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             function(torch.zeros(2, K), torch.zeros(2, dtype=torch.long), reg_weight)

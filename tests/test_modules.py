@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounter
 from sre_triton import (
     LinearSelfRegularizedEntropyLoss,
     SelfRegularizedEntropyLoss,
-    checks,
     linear_self_regularized_entropy,
+    messages,
     ramp,
     self_regularized_entropy,
 )
@@ -205,7 +205,7 @@ def test_options_are_set_through_a_compiled_module(uncompiled):
 
 def test_the_plain_sum_over_many_classes_warns(make, monkeypatch, uncompiled):
     def warned(criterion):
-        monkeypatch.setattr(checks, "_warned", set())
+        monkeypatch.setattr(messages, "_warned", set())
         features = torch.zeros(2, 256 if make is SelfRegularizedEntropyLoss else 20)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

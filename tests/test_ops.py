@@ -19,7 +19,7 @@ def arguments(module, name, probabilities, dtype=torch.float32):
     logits, target, keywords = problem(6, 20, OPTIONS["all"], probabilities=probabilities, dtype=dtype)
     options = options_of(**keywords)
     weight, scale = keywords["weight"], torch.rand(6)
-    _, stats = module.row_loss(logits, target, weight, *options)
+    _, stats = module.row_loss(logits, target, weight, options)
     given = {
         "row_lse": (weight,),
         "row_sums": (stats[: primitives.NUM_LSE].contiguous(),),
@@ -28,6 +28,11 @@ def arguments(module, name, probabilities, dtype=torch.float32):
         "row_loss_and_gradient": (weight, scale),
     }
     return logits, target, *given[name], *options
+
+
+def split(given):
+    """The arguments of an op as the function takes them."""
+    return *given[: -primitives.NUM_OPTIONS], primitives.RowOptions(*given[-primitives.NUM_OPTIONS :])
 
 
 @both_targets
@@ -44,7 +49,8 @@ def test_fakes_have_the_shapes_and_dtypes_of_the_results(name, dtype, module):
     given = arguments(module, name, False, dtype)
     real = getattr(module, name).op(*given)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = getattr(module, name)(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given])
+        *tensors, options = split([mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given])
+        fake = getattr(module, name)(*tensors, options)
     for ours, theirs in zip(*((o,) if isinstance(o, torch.Tensor) else o for o in (real, fake)), strict=True):
         assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
 
@@ -55,12 +61,12 @@ def test_primitives_compose(K, probabilities, module):
     logits, target, keywords = problem(9, K, OPTIONS["all"], probabilities=probabilities)
     weight, options = keywords["weight"], options_of(**keywords)
     scale = torch.rand(9)
-    lse = module.row_lse(logits, target, weight, *options)
-    sums = module.row_sums(logits, target, lse, *options)
-    losses, stats = module.row_loss(logits, target, weight, *options)
+    lse = module.row_lse(logits, target, weight, options)
+    sums = module.row_sums(logits, target, lse, options)
+    losses, stats = module.row_loss(logits, target, weight, options)
     torch.testing.assert_close(torch.cat([lse, sums]), stats)
-    gradient = module.row_gradient(logits, target, weight, stats, scale, *options)
-    fused_losses, fused_gradient = module.row_loss_and_gradient(logits, target, weight, scale, *options)
+    gradient = module.row_gradient(logits, target, weight, stats, scale, options)
+    fused_losses, fused_gradient = module.row_loss_and_gradient(logits, target, weight, scale, options)
     torch.testing.assert_close(fused_losses, losses)
     torch.testing.assert_close(fused_gradient, gradient)
 
@@ -68,7 +74,7 @@ def test_primitives_compose(K, probabilities, module):
 @both_targets
 def test_backends_agree_on_the_statistics(probabilities, on_triton, uncompiled):
     logits, target, keywords = problem(9, 30, OPTIONS["all"], probabilities=probabilities)
-    given = (logits, target, keywords["weight"], *options_of(**keywords))
+    given = (logits, target, keywords["weight"], options_of(**keywords))
     for ours, theirs in zip(
         backend.primitives("triton").row_loss(*given), backend.primitives("compile").row_loss(*given), strict=True
     ):
@@ -80,14 +86,14 @@ def test_backends_agree_on_the_statistics(probabilities, on_triton, uncompiled):
 def test_shards_combine_by_maximum_and_sum(options, probabilities, module):
     logits, target, keywords = problem(9, 60, OPTIONS[options], probabilities=probabilities)
     weight, scale = keywords.get("weight"), torch.rand(9)
-    whole = logits, target, weight, *options_of(**keywords)
+    whole = logits, target, weight, options_of(**keywords)
     _, stats = module.row_loss(*whole)
     m = stats[0]
     shards, lse = [(0, 23), (23, 60)], torch.zeros(5, 9)
     for start, stop in shards:
-        part, shard = slice(start, stop), (start, 60)
+        part = slice(start, stop)
         given = logits[:, part], target[:, part] if probabilities else target, None if weight is None else weight[part]
-        of_shard = module.row_lse(*given, *options_of(**keywords), *shard)
+        of_shard = module.row_lse(*given, options_of(**keywords)._replace(first_class=start, all_classes=60))
         shift = of_shard[0] - m
         of_shard[1] *= shift.exp()
         of_shard[3] += of_shard[2] * shift
@@ -98,16 +104,20 @@ def test_shards_combine_by_maximum_and_sum(options, probabilities, module):
     torch.testing.assert_close(lse, stats[:5])
     sums = 0
     for start, stop in shards:
-        part, shard = slice(start, stop), (start, 60)
+        part = slice(start, stop)
         given = logits[:, part], target[:, part] if probabilities else target
-        sums += module.row_sums(*given, lse, *options_of(**keywords), *shard)
+        sums += module.row_sums(*given, lse, options_of(**keywords)._replace(first_class=start, all_classes=60))
     torch.testing.assert_close(sums, stats[5:])
     gradient = []
     for start, stop in shards:
-        part, shard = slice(start, stop), (start, 60)
+        part = slice(start, stop)
         given = logits[:, part], target[:, part] if probabilities else target, None if weight is None else weight[part]
-        gradient.append(module.row_gradient(*given, stats, scale, *options_of(**keywords), *shard))
-    expected = module.row_gradient(logits, target, weight, stats, scale, *options_of(**keywords))
+        gradient.append(
+            module.row_gradient(
+                *given, stats, scale, options_of(**keywords)._replace(first_class=start, all_classes=60)
+            )
+        )
+    expected = module.row_gradient(logits, target, weight, stats, scale, options_of(**keywords))
     torch.testing.assert_close(torch.cat(gradient, 1), expected)
 
 
@@ -136,7 +146,9 @@ def test_formula(name, probabilities, module):
 @pytest.mark.parametrize("name", primitives.PRIMITIVES)
 @pytest.mark.parametrize("batched", ["rows", "weight", "logits only"])
 def test_batching_rule(name, batched, probabilities, module):
-    function = getattr(module, name)
+    def function(*args):
+        return getattr(module, name)(*split(args))
+
     logits, target, *rest = arguments(module, name, probabilities)
     logits = torch.stack([logits, logits * 2, logits - 1], 1)
     in_dims = [1, None, *[None] * len(rest)]
@@ -159,4 +171,4 @@ def test_batching_rule(name, batched, probabilities, module):
 def test_plain_calls_do_not_pass_the_dispatcher(module, monkeypatch):
     given = arguments(module, "row_lse", False)
     monkeypatch.setattr(torch._library.custom_ops.CustomOpDef, "__call__", lambda *_: pytest.fail("dispatched"))
-    module.row_lse(*given)
+    module.row_lse(*split(given))

@@ -29,9 +29,9 @@ from sre_triton import (
     LinearSelfRegularizedEntropyLoss,
     SelfRegularizedEntropyLoss,
     VocabShard,
-    checks,
     collectives,
     linear_self_regularized_entropy,
+    messages,
     self_regularized_entropy,
 )
 
@@ -529,20 +529,20 @@ def many_classes(group):
     said = []
     for num_classes, reg_weight in ((255, 0.5), (256, 0.0), (256, 0.5)):
         shard = VocabShard.even(num_classes, group)
-        checks._warned.clear()
+        messages._warned.clear()
         logits, target = torch.zeros(2, shard.stop - shard.start), torch.zeros(2, dtype=torch.long)
         head = LinearSelfRegularizedEntropyLoss(D, num_classes, reg_weight=reg_weight, shard=shard)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             self_regularized_entropy(logits, target, reg_weight=reg_weight, shard=shard)
             said.append(len(caught))
-            checks._warned.clear()
+            messages._warned.clear()
             SelfRegularizedEntropyLoss(reg_weight=reg_weight, shard=shard)(logits, target)
             said.append(len(caught))
-            checks._warned.clear()
+            messages._warned.clear()
             head(torch.zeros(2, D), target)
             said.append(len(caught))
-    checks._warned.update(checks.ONCE)
+    messages._warned.update(messages.ONCE)
     return said
 
 
@@ -796,14 +796,14 @@ def modules_saved(group):
 def of_another_process(rank, files):
     """What the saved modules say before there is a group of that name, and their losses afterwards."""
     modules = loaded(files[rank])
-    messages = []
+    said = []
     for module in modules[:2]:
         with pytest.raises(RuntimeError) as raised:
             loss_of(module)
-        messages.append(str(raised.value))
+        said.append(str(raised.value))
     for size in range(1, 5):  # as where they were saved (ranks.py)
         torch.distributed.new_group(list(range(size)))
-    return messages, [loss_of(module) for module in modules]
+    return said, [loss_of(module) for module in modules]
 
 
 def test_what_is_loaded_finds_the_group_or_says_what_is_missing(ranks):
@@ -819,20 +819,20 @@ def test_what_is_loaded_finds_the_group_or_says_what_is_missing(ranks):
             assert repr(loaded(shard, weights_only=True)["shard"]) == text
     answers = spawn(4, of_another_process, files, timeout=30)
     assert set(answers) == set(range(4))
-    for _, (messages, losses) in answers.values():
-        for message in messages:
+    for _, (said, losses) in answers.values():
+        for message in said:
             assert message.startswith("group: expected the process group '4', for which the shard was made, to be ")
         for loss, expected in losses:
             assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def refused(group):
-    messages = []
+    said = []
 
     def note(error, function, *args, **options):
         with pytest.raises(error) as raised:
             function(*args, **options)
-        messages.append(str(raised.value))
+        said.append(str(raised.value))
 
     shard = VocabShard(10, 40, K, group)
     logits, target = torch.zeros(N, 30), torch.arange(N)

@@ -151,7 +151,7 @@ for i, N in enumerate((3, 5, 7)):
         c=(0.5, 1e-7, 1e-3)[i], reg_weight=(0.0, 1.0, 0.3)[i], ignore_index=(-100, -2, -3)[i],
         label_smoothing=(0.1, 0.5, 1.0)[i], z_loss=(0.5, 1.0, 0.1)[i], softcap=(1.0, 2.0, 30.0)[i],
     )
-    primitives.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(N), *options)
+    primitives.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(N), options)
     primitives.scale_gradient_(torch.zeros(N, 1000), torch.tensor(0.5))
     primitives.inverse_count(target, None, 1000, (-100, -2, -3)[i])
     primitives.scaled_sum(torch.zeros(N), torch.tensor(0.5))
@@ -171,7 +171,7 @@ from sre_triton.kernels import primitives
 launches = compile_only("sm_90")
 for num_classes in (1000, 16384, 32768, 50257, 262144, 300000):
     logits, target = torch.empty(600, num_classes, dtype=torch.bfloat16), torch.zeros(600, dtype=torch.long)
-    primitives.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(600), *options_of())
+    primitives.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(600), options_of())
     print(launches[-1].compiled.asm["ttgir"], "-- the next --")
 """
     texts = run("-c", code).split("-- the next --")[:-1]
@@ -197,7 +197,7 @@ from sre_triton.kernels import primitives
 launches = compile_only("sm_90")
 for num_classes in (4096, 8192, 16384, *[262144] * (triton_launch.TRITON_VERSION >= (3, 8))):
     logits, target = torch.empty(999, num_classes, dtype=torch.bfloat16), torch.zeros(999, dtype=torch.long)
-    primitives.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(999), *options_of())
+    primitives.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(999), options_of())
     text = Code(launches[-1].compiled).text
     # Of 16 bytes each: four tiles before the loop over the rows, and four in it; what is loaded directly is not a tile.
     print(text.count("LDGSTS.E.BYPASS.128"), text.count("LDG.E.128"))

@@ -43,6 +43,7 @@ from cross_compile import SHARED, TARGETS, Code, Launch, OnGpu, compile_only
 
 from sre_triton.kernels import kernels, launch, primitives
 from sre_triton.kernels.plan import SMALLEST_TILE, plan
+from sre_triton.primitives import RowOptions
 
 # Every width of a tile, in registers and in a loop, short and long; less a few classes, every alignment.
 WIDTHS = (*(2**i for i in range(4, 15)), 32768, 131072)
@@ -183,10 +184,10 @@ def make(call: dict) -> None:
     stats, scale = torch.zeros(7, N), torch.ones(N) if N == 16 else torch.ones(()).expand(N)
     options = options_of(**{name: call[name] for name in ("label_smoothing", "softcap", "ignore_index")})
     if call["scalars"] == "on the GPU":
-        options = [OnGpu(option) if isinstance(option, torch.Tensor) else option for option in options]
+        options = RowOptions(*(OnGpu(option) if isinstance(option, torch.Tensor) else option for option in options))
     first, parts_of_a_step = call["shard"], ("row_lse", "row_sums", "row_gradient")
     if first is not None and call["primitive"] in parts_of_a_step:
-        options = (*options, first, first + K + 7)
+        options = options._replace(first_class=first, all_classes=first + K + 7)
     given = {
         "row_lse": (weight,),
         "row_sums": (stats[:5].contiguous(),),
@@ -194,7 +195,7 @@ def make(call: dict) -> None:
         "row_gradient": (weight, stats, scale),
         "row_loss_and_gradient": (weight, scale),
     }[call["primitive"]]
-    getattr(primitives, call["primitive"])(logits, target, *given, *options)
+    getattr(primitives, call["primitive"])(logits, target, *given, options)
 
 
 def subtracted_products(llir: str) -> int:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..messages import warn_user
-from .passes import SHORT, Numbers
+from .passes import SHORT, Scalars
 
 NO_COMPILER = (
     "sre_triton found no usable C++ compiler ({}), so the loss runs uncompiled, several times slower. "
@@ -69,7 +69,7 @@ def _stand_in(name: str, arg, is_short: bool):
     """Zeros of the dtype and number of dimensions of an argument: what is compiled depends on no shape that came."""
     if isinstance(arg, tuple):
         items = [_stand_in(name, item, is_short) for item in arg]
-        return Numbers(*items) if name == "numbers" else tuple(items)
+        return Scalars(*items) if name == "scalars" else tuple(items)
     if arg is None:
         return None
     num_classes = SHORT // 2 if is_short else 2 * SHORT
@@ -248,15 +248,15 @@ def compiled_pass(function: Callable, args: tuple) -> Callable[[tuple], tuple[Te
     None where the function is to run as it is: where nothing can or may be compiled; and for one row and fewer than
     eight classes, shapes that would each be compiled anew.
     """
-    logits, target, weight, _, _, out, numbers = args
+    logits, target, weight, _, _, out, scalars = args
     num_rows, num_classes = logits.shape
     if num_rows <= 1 or num_classes < 8:
         return None
     if _forced_eager():
         _say(_switched_off())
         return None
-    where = logits.dtype, logits.device, numbers.reg_weight.is_cpu
-    what = target.dim(), weight is None, None if out is None else out.dtype, *(number is None for number in numbers)
+    where = logits.dtype, logits.device, scalars.reg_weight.is_cpu
+    what = target.dim(), weight is None, None if out is None else out.dtype, *(scalar is None for scalar in scalars)
     key = function, num_classes > SHORT, *where, *what
     try:
         return _compiled[key]

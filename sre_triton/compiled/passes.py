@@ -23,7 +23,7 @@ WIDTH = 16  # the widest vector of floats that a CPU has
 SHORT = 1024  # classes: 64 additions in each lane of that vector, and errors of at most 32 roundings
 
 
-class Numbers(NamedTuple):
+class Scalars(NamedTuple):
     """The scalar options as 0-dim tensors, so that another value is not another compilation; None where not in use."""
 
     c: Tensor
@@ -98,23 +98,23 @@ def _max(z: Tensor) -> Tensor:
     return z.amax(1, keepdim=True)
 
 
-def _capped(logits: Tensor, numbers: Numbers) -> Tensor:
+def _capped(logits: Tensor, scalars: Scalars) -> Tensor:
     z = logits.to(compute_dtype(logits.dtype))
-    return z if numbers.softcap is None else numbers.softcap * torch.tanh(z / numbers.softcap)
+    return z if scalars.softcap is None else scalars.softcap * torch.tanh(z / scalars.softcap)
 
 
-def _shares(numbers: Numbers, num_classes: int) -> tuple[Tensor | float, Tensor | float]:
+def _shares(scalars: Scalars, num_classes: int) -> tuple[Tensor | float, Tensor | float]:
     """What label smoothing gives to every class, ε/K, and what it leaves to the target, 1 - ε."""
-    if numbers.label_smoothing is None:
+    if scalars.label_smoothing is None:
         return 0.0, 1.0
-    if numbers.all_classes is not None:
-        num_classes = numbers.all_classes
-    return numbers.label_smoothing / num_classes, 1 - numbers.label_smoothing
+    if scalars.all_classes is not None:
+        num_classes = scalars.all_classes
+    return scalars.label_smoothing / num_classes, 1 - scalars.label_smoothing
 
 
-def _smoothed(target: Tensor, z: Tensor, numbers: Numbers) -> Tensor:
+def _smoothed(target: Tensor, z: Tensor, scalars: Scalars) -> Tensor:
     """Target probabilities, y."""
-    share, kept = _shares(numbers, z.shape[1])
+    share, kept = _shares(scalars, z.shape[1])
     return kept * target.to(z.dtype) + share
 
 
@@ -126,14 +126,14 @@ def local_class(target: Tensor, num_classes: int, first_class: Tensor | None) ->
     return torch.where(here, target, 0), here
 
 
-def _at_target(z: Tensor, target: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+def _at_target(z: Tensor, target: Tensor, scalars: Scalars) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Of each row: whether it is counted, its `local_class`, the logit there, and whether it is in another shard."""
     target = _wide(target.unsqueeze(1))
-    counted = target != numbers.ignore_index
-    index, here = local_class(target, z.shape[1], numbers.first_class)
+    counted = target != scalars.ignore_index
+    index, here = local_class(target, z.shape[1], scalars.first_class)
     elsewhere = None
-    if numbers.all_classes is not None:
-        elsewhere = (target >= 0) & (target < numbers.all_classes) & ~here
+    if scalars.all_classes is not None:
+        elsewhere = (target >= 0) & (target < scalars.all_classes) & ~here
     return counted, index, here, z.gather(1, index), elsewhere
 
 
@@ -141,76 +141,76 @@ def _unless(elsewhere: Tensor | None, x: Tensor | float) -> Tensor | float:
     return x if elsewhere is None else torch.where(elsewhere, 0, x)
 
 
-def _lse(z: Tensor, target: Tensor, weight: Tensor | None, numbers: Numbers) -> tuple[Tensor, Tensor, Row]:
+def _lse(z: Tensor, target: Tensor, weight: Tensor | None, scalars: Scalars) -> tuple[Tensor, Tensor, Row]:
     """d, exp(d), and the first five numbers of the rows."""
     num_classes = z.shape[1]
-    share, kept = _shares(numbers, num_classes)
+    share, kept = _shares(scalars, num_classes)
     top = m = _max(z)
-    if numbers.all_classes is not None:
+    if scalars.all_classes is not None:
         top = torch.where(m == -torch.inf, 0, m)  # this shard's classes may all be masked where another's are not
     d = z - top
     e = d.exp()
     top, m, exp_sum = _wide(top), _wide(m), _sum(e)
     if target.dim() == 2:
-        y = _smoothed(target, z, numbers)
+        y = _smoothed(target, z, scalars)
         y = y if weight is None else y * weight
         omega = torch.ones_like(m) if weight is None else _sum(target.to(z.dtype) * weight)
         return d, e, Row(m, exp_sum, _sum(y), _sum(torch.where(y == 0, 0, y * d)), omega)
-    _, index, here, z_g, elsewhere = _at_target(z, target, numbers)
+    _, index, here, z_g, elsewhere = _at_target(z, target, scalars)
     omega = torch.ones_like(z_g) if weight is None else weight[index]
     omega = _unless(elsewhere, torch.where(here, omega, float("nan")))
     y_sum = kept * omega
     yz_sum = y_sum * _unless(elsewhere, z_g - top)
-    if numbers.label_smoothing is not None:
+    if scalars.label_smoothing is not None:
         y_sum = y_sum + share * (num_classes if weight is None else _sum(weight.unsqueeze(0)))
         yz_sum = yz_sum + share * _sum(d if weight is None else torch.where(weight == 0, 0, d * weight))
     return d, e, Row(m, exp_sum, y_sum, yz_sum, omega)
 
 
 def _sums(
-    z: Tensor, h: Tensor, u: Tensor, row: Row, target: Tensor, offset: tuple[Tensor, ...], numbers: Numbers
+    z: Tensor, h: Tensor, u: Tensor, row: Row, target: Tensor, offset: tuple[Tensor, ...], scalars: Scalars
 ) -> tuple[Tensor, Tensor]:
     """Σ (1 - y) h and Σ (1 - y) u."""
     if target.dim() == 2:
-        wrong = 1 - _smoothed(target, z, numbers)
+        wrong = 1 - _smoothed(target, z, scalars)
         return _sum(wrong * h), _sum(wrong * u)
-    share, kept = _shares(numbers, z.shape[1])
-    _, _, _, z_g, elsewhere = _at_target(z, target, numbers)
+    share, kept = _shares(scalars, z.shape[1])
+    _, _, _, z_g, elsewhere = _at_target(z, target, scalars)
     kept = _unless(elsewhere, kept)
     t_g, mu_g = coin(z_g - row.m, (z_g - row.m).exp(), *offset)
     return (1 - share) * _sum(h) - kept * h_of(t_g, mu_g), (1 - share) * _sum(u) - kept * u_of(t_g, mu_g)
 
 
-def _walked(z: Tensor, target: Tensor, weight: Tensor | None, numbers: Numbers) -> tuple:
+def _walked(z: Tensor, target: Tensor, weight: Tensor | None, scalars: Scalars) -> tuple:
     """All that comes before a row's loss and gradient: what is to be stored, its offset, exp(d), u, all its numbers."""
-    d, e, row = _lse(z, target, weight, numbers)
-    first = _pack(*offset_of(row.exp_sum, numbers.c))
+    d, e, row = _lse(z, target, weight, scalars)
+    first = _pack(*offset_of(row.exp_sum, scalars.c))
     offset = _columns(first, 0, 3)
     t, mu = coin(d, e, *offset)
     h, u = h_of(t, mu), u_of(t, mu)
-    return first, offset, e, u, Row(*row[:5], *_sums(z, h, u, row, target, offset, numbers))
+    return first, offset, e, u, Row(*row[:5], *_sums(z, h, u, row, target, offset, scalars))
 
 
-def losses_of(row: Row, target: Tensor, numbers: Numbers) -> tuple[Tensor, ...]:
+def losses_of(row: Row, target: Tensor, scalars: Scalars) -> tuple[Tensor, ...]:
     """Loss, H, S, α lse²."""
     log_sum = row.exp_sum.log()
     cross_entropy = row.y_sum * log_sum - row.yz_sum
     regularizer = row.omega * row.h_sum
-    loss = cross_entropy - numbers.reg_weight * regularizer
+    loss = cross_entropy - scalars.reg_weight * regularizer
     z_penalty = torch.zeros_like(loss)
-    if numbers.z_loss is not None:
-        z_penalty = numbers.z_loss * row.omega * (row.m + log_sum).square()
+    if scalars.z_loss is not None:
+        z_penalty = scalars.z_loss * row.omega * (row.m + log_sum).square()
     losses = loss + z_penalty, cross_entropy, regularizer, z_penalty
     if target.dim() == 2:
         return losses
-    counted = target.unsqueeze(1) != numbers.ignore_index
+    counted = target.unsqueeze(1) != scalars.ignore_index
     return tuple(torch.where(counted, number, 0) for number in losses)
 
 
-def _gradient_of(z: Tensor, e: Tensor, u: Tensor, coefs: tuple[Tensor | float, ...], numbers: Numbers) -> Tensor:
+def _gradient_of(z: Tensor, e: Tensor, u: Tensor, coefs: tuple[Tensor | float, ...], scalars: Scalars) -> Tensor:
     coef_e, coef_u, coef_1 = coefs
     gradient = coef_e * e + coef_u * u - coef_1
-    return gradient if numbers.softcap is None else gradient * (1 - (z / numbers.softcap).square())
+    return gradient if scalars.softcap is None else gradient * (1 - (z / scalars.softcap).square())
 
 
 def _coefficients(
@@ -220,41 +220,41 @@ def _coefficients(
     weight: Tensor | None,
     offset: tuple[Tensor, ...],
     scale: Tensor,
-    numbers: Numbers,
+    scalars: Scalars,
 ) -> tuple[Tensor, ...]:
     """The gradient at the target, coef_p / exp_sum, coef_u, the scale, and whether the row is counted."""
-    share, kept = _shares(numbers, z.shape[1])
+    share, kept = _shares(scalars, z.shape[1])
     scale = _wide(scale.unsqueeze(1))
-    of_lse = -numbers.reg_weight * row.u_sum
-    if numbers.z_loss is not None:
-        of_lse = of_lse + 2 * numbers.z_loss * (row.m + row.exp_sum.log())
+    of_lse = -scalars.reg_weight * row.u_sum
+    if scalars.z_loss is not None:
+        of_lse = of_lse + 2 * scalars.z_loss * (row.m + row.exp_sum.log())
     coef_e = scale * (row.y_sum + row.omega * of_lse) / row.exp_sum
-    coef_u = scale * row.omega * numbers.reg_weight
+    coef_u = scale * row.omega * scalars.reg_weight
     if target.dim() == 2:
         return torch.zeros_like(coef_e), coef_e, coef_u, scale, torch.ones_like(coef_e)
-    counted, index, _, z_g, elsewhere = _at_target(z, target, numbers)
+    counted, index, _, z_g, elsewhere = _at_target(z, target, scalars)
     kept = _unless(elsewhere, kept)
     d_g = z_g - row.m
     wy_g = kept * row.omega + (share if weight is None else share * weight[index])
     coefs = coef_e, coef_u * (1 - share - kept), scale * wy_g
     e_g = d_g.exp()
-    at_target = _gradient_of(z_g, e_g, u_of(*coin(d_g, e_g, *offset)), coefs, numbers)
+    at_target = _gradient_of(z_g, e_g, u_of(*coin(d_g, e_g, *offset)), coefs, scalars)
     return torch.where(counted, at_target, 0), coef_e, coef_u, scale, counted.to(z.dtype)
 
 
-def _gradient(z, e, u, target, weight, coefs, numbers: Numbers) -> Tensor:
+def _gradient(z, e, u, target, weight, coefs, scalars: Scalars) -> Tensor:
     """Of all classes, (n, K); what it says of the target class is to be written over."""
     coef_e, coef_u, scale, counted = coefs
-    share, _ = _shares(numbers, z.shape[1])
+    share, _ = _shares(scalars, z.shape[1])
     if target.dim() == 2:
-        y = _smoothed(target, z, numbers)
+        y = _smoothed(target, z, scalars)
         wy = y if weight is None else y * weight
-        return _gradient_of(z, e, u, (coef_e, coef_u * (1 - y), scale * wy), numbers)
+        return _gradient_of(z, e, u, (coef_e, coef_u * (1 - y), scale * wy), scalars)
     coef_1 = 0.0
-    if numbers.label_smoothing is not None:
+    if scalars.label_smoothing is not None:
         coef_u = coef_u * (1 - share)
         coef_1 = scale * share if weight is None else scale * share * weight
-    return torch.where(counted != 0, _gradient_of(z, e, u, (coef_e, coef_u, coef_1), numbers), 0)
+    return torch.where(counted != 0, _gradient_of(z, e, u, (coef_e, coef_u, coef_1), scalars), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,62 +271,62 @@ def _with_gradient(
     out: Tensor | None,
     packed: Tensor,
     last: int,
-    numbers: Numbers,
+    scalars: Scalars,
 ) -> tuple[Tensor] | tuple[Tensor, Tensor]:
     if out is not None:
         out.copy_(gradient)
         return (packed,)
     gradient = gradient.to(dtype)
     if target.dim() == 1:
-        index, _ = local_class(target, gradient.shape[1], numbers.first_class)
+        index, _ = local_class(target, gradient.shape[1], scalars.first_class)
         gradient = gradient.scatter(1, index.unsqueeze(1), packed[:, last : last + 1].to(dtype))
     return packed, gradient
 
 
-def lse_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, ...]:
+def lse_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -> tuple[Tensor, ...]:
     """The first five statistics."""
-    _, _, row = _lse(_capped(logits, numbers), target, weight, numbers)
+    _, _, row = _lse(_capped(logits, scalars), target, weight, scalars)
     return (_pack(*row[:5]),)
 
 
-def sums_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, ...]:
+def sums_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -> tuple[Tensor, ...]:
     """The other two, from the five."""
-    z = _capped(logits, numbers)
+    z = _capped(logits, scalars)
     row = _row(stats)
-    first = _pack(*offset_of(row.exp_sum, numbers.c), row.m)
+    first = _pack(*offset_of(row.exp_sum, scalars.c), row.m)
     *offset, m = _columns(first, 0, 4)
     d = z - m
     t, mu = coin(d, d.exp(), *offset)
     h, u = h_of(t, mu), u_of(t, mu)
-    return _pack(*_sums(z, h, u, row, target, offset, numbers)), first
+    return _pack(*_sums(z, h, u, row, target, offset, scalars)), first
 
 
-def loss_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, ...]:
+def loss_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -> tuple[Tensor, ...]:
     """Losses and statistics."""
-    first, *_, row = _walked(_capped(logits, numbers), target, weight, numbers)
-    return _pack(*losses_of(row, target, numbers), *row), first
+    first, *_, row = _walked(_capped(logits, scalars), target, weight, scalars)
+    return _pack(*losses_of(row, target, scalars), *row), first
 
 
-def gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, ...]:
+def gradient_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -> tuple[Tensor, ...]:
     """The gradient, from all seven statistics; no numbers before the target's."""
-    z = _capped(logits, numbers)
+    z = _capped(logits, scalars)
     row = _row(stats)
-    offset = offset_of(row.exp_sum, numbers.c)
-    coefs = _coefficients(z, row, target, weight, offset, scale, numbers)
+    offset = offset_of(row.exp_sum, scalars.c)
+    coefs = _coefficients(z, row, target, weight, offset, scale, scalars)
     packed = _pack(*coefs, *offset, row.m)
     *coefs, off, lost, e_off, m = _columns(packed, 1, 8)
     d = z - m
     e = d.exp()
     u = u_of(*coin(d, e, off, lost, e_off))
-    gradient = _gradient(z, e, u, target, weight, coefs, numbers)
-    return _with_gradient(gradient, logits.dtype, target, out, packed, 0, numbers)
+    gradient = _gradient(z, e, u, target, weight, coefs, scalars)
+    return _with_gradient(gradient, logits.dtype, target, out, packed, 0, scalars)
 
 
-def loss_and_gradient_pass(logits, target, weight, stats, scale, out, numbers: Numbers) -> tuple[Tensor, ...]:
+def loss_and_gradient_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -> tuple[Tensor, ...]:
     """The losses, the target's gradient, and the gradient."""
-    z = _capped(logits, numbers)
-    first, offset, e, u, row = _walked(z, target, weight, numbers)
-    coefs = _coefficients(z, row, target, weight, offset, scale, numbers)
-    packed = _pack(*losses_of(row, target, numbers), *coefs)
-    gradient = _gradient(z, e, u, target, weight, _columns(packed, 5, 4), numbers)
-    return *_with_gradient(gradient, logits.dtype, target, out, packed, 4, numbers), first
+    z = _capped(logits, scalars)
+    first, offset, e, u, row = _walked(z, target, weight, scalars)
+    coefs = _coefficients(z, row, target, weight, offset, scale, scalars)
+    packed = _pack(*losses_of(row, target, scalars), *coefs)
+    gradient = _gradient(z, e, u, target, weight, _columns(packed, 5, 4), scalars)
+    return *_with_gradient(gradient, logits.dtype, target, out, packed, 4, scalars), first

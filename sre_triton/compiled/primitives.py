@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..primitives import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, primitive
+from ..primitives import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, RowOptions, new_gradient, primitive
 from ..reference import compute_dtype
 from .inductor import compiled_pass
-from .passes import Numbers, gradient_pass, local_class, loss_and_gradient_pass, loss_pass, lse_pass, sums_pass
+from .passes import Scalars, gradient_pass, local_class, loss_and_gradient_pass, loss_pass, lse_pass, sums_pass
 
 # Bytes in one block of rows, in the dtype of the arithmetic, where there are blocks.
 # Steps on blocks of 2 MiB took 1.05 times as long, of 1 MiB 1.2 times (bf16 when it was copied, K from 1000 to 262144,
@@ -35,22 +35,23 @@ def _scalar(value: float | Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if value is None else _number(value, dtype)
 
 
-def _numbers(
-    dtype, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap, first_class=0, all_classes=None
-) -> Numbers:
-    first = _scalar(c, torch.float64), _scalar(reg_weight, torch.float64), _number(ignore_index, torch.int64)
-    others = _scalar(label_smoothing, dtype), _scalar(z_loss, dtype), _scalar(softcap, dtype)
-    shard = () if all_classes is None else (_number(first_class, torch.int64), _number(all_classes, torch.int64))
-    return Numbers(*first, *others, *shard)
+def _made(dtype: torch.dtype, options: RowOptions) -> Scalars:
+    first = _scalar(options.c, torch.float64), _scalar(options.reg_weight, torch.float64)
+    others = (_scalar(option, dtype) for option in (options.label_smoothing, options.z_loss, options.softcap))
+    made = *first, _number(options.ignore_index, torch.int64), *others
+    if options.all_classes is None:
+        return Scalars(*made)
+    return Scalars(*made, _number(options.first_class, torch.int64), _number(options.all_classes, torch.int64))
 
 
-_numbers_of_numbers = functools.lru_cache(maxsize=64)(_numbers)
+_made_of_numbers = functools.lru_cache(maxsize=64)(_made)
 
 
-def numbers_of(dtype: torch.dtype, c: float | Tensor, reg_weight: float | Tensor, *others) -> Numbers:
+def scalars_of(dtype: torch.dtype, options: RowOptions) -> Scalars:
     """The options as the passes take them."""
-    numbers = not isinstance(c, Tensor) and not isinstance(reg_weight, Tensor)  # then the others are none either
-    return (_numbers_of_numbers if numbers else _numbers)(dtype, c, reg_weight, *others)
+    if isinstance(options.c, Tensor) or isinstance(options.reg_weight, Tensor):
+        return _made(dtype, options)
+    return _made_of_numbers(dtype, options)  # then the others are none either
 
 
 def _run(
@@ -67,10 +68,10 @@ def _run(
     weight = None if weight is None else weight.to(dtype).contiguous()
     stats = None if stats is None else stats.contiguous()
     scale = None if scale is None else scale.contiguous()
-    numbers = numbers_of(dtype, *options)
+    scalars = scalars_of(dtype, options)
     compiled = None
-    if logits.is_contiguous() and numbers.softcap is None:
-        args = logits, target, weight, None if stats is None else stats.unbind(), scale, out, numbers
+    if logits.is_contiguous() and scalars.softcap is None:
+        args = logits, target, weight, None if stats is None else stats.unbind(), scale, out, scalars
         compiled = compiled_pass(function, args)
     if compiled is not None:
         packed, *others = compiled(args)
@@ -78,13 +79,13 @@ def _run(
     else:
         if scale is not None and out is None:
             out = new_gradient(logits)
-        packed, gradient = _blocks(function, logits, target, weight, stats, scale, out, numbers), out
+        packed, gradient = _blocks(function, logits, target, weight, stats, scale, out, scalars), out
     if out is not None and target.dim() == 1 and out.numel() > 0:
         # Where the target is none of the classes, the row is NaN or 0 anyway; where it is another shard's, what is
         # written is the gradient of class 0.
         index = target.clamp(0, out.shape[1] - 1)
-        if numbers.all_classes is not None:
-            index, _ = local_class(target, out.shape[1], numbers.first_class)
+        if scalars.all_classes is not None:
+            index, _ = local_class(target, out.shape[1], scalars.first_class)
         out.index_put_((torch.arange(out.shape[0], device=out.device), index), packed[:, count].to(out.dtype))
     if out is not None:  # compiled code writes behind autograd's back
         torch.autograd.graph.increment_version(out)
@@ -99,7 +100,7 @@ def _blocks(
     stats: Tensor | None,
     scale: Tensor | None,
     out: Tensor | None,
-    numbers: Numbers,
+    scalars: Scalars,
 ) -> Tensor:
     """The same, a block of rows at a time, with the numbers of a row as the pass returns them.
 
@@ -119,7 +120,7 @@ def _blocks(
         z.copy_(logits[rows])
         into = z if out is None or not out.is_contiguous() else out[rows]
         of_rows = None if stats is None else stats[:, rows].unbind(), None if scale is None else scale[rows]
-        args = z, target[rows], weight, *of_rows, into, numbers
+        args = z, target[rows], weight, *of_rows, into, scalars
         compiled = compiled_pass(function, args)
         packed.append((function(*args) if compiled is None else compiled(args))[0])
         if out is not None and into is z:
@@ -132,27 +133,27 @@ def _blocks(
 
 
 @primitive("compile")
-def row_lse(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> Tensor:
+def row_lse(logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions) -> Tensor:
     """m, exp_sum, y_sum, yz_sum, omega of each row: (5, N)."""
     return _run(lse_pass, logits, target, weight, None, None, options, NUM_LSE)[0]
 
 
 @primitive("compile")
-def row_sums(logits: Tensor, target: Tensor, stats: Tensor, *options) -> Tensor:
+def row_sums(logits: Tensor, target: Tensor, stats: Tensor, options: RowOptions) -> Tensor:
     """h_sum and u_sum of each row, (2, N), from the (5, N) of row_lse."""
     return _run(sums_pass, logits, target, None, stats, None, options, NUM_SUMS)[0]
 
 
 @primitive("compile")
-def row_loss(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> tuple[Tensor, Tensor]:
+def row_loss(logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions) -> tuple[Tensor, Tensor]:
     """The losses of each row, (4, N), and its statistics, (7, N), from which row_gradient goes on."""
-    numbers, _ = _run(loss_pass, logits, target, weight, None, None, options, NUM_LOSSES + NUM_STATS)
-    return numbers[:NUM_LOSSES], numbers[NUM_LOSSES:].clone()
+    found, _ = _run(loss_pass, logits, target, weight, None, None, options, NUM_LOSSES + NUM_STATS)
+    return found[:NUM_LOSSES], found[NUM_LOSSES:].clone()
 
 
 @primitive("compile")
 def row_gradient(
-    logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, scale: Tensor, *options
+    logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, scale: Tensor, options: RowOptions
 ) -> Tensor:
     """The gradient of scale * loss, (N, K) in the dtype of the logits."""
     return _run(gradient_pass, logits, target, weight, stats, scale, options, 0)[1]
@@ -160,19 +161,19 @@ def row_gradient(
 
 @primitive("compile")
 def row_loss_and_gradient(
-    logits: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, *options
+    logits: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, options: RowOptions
 ) -> tuple[Tensor, Tensor]:
     """The losses of each row, (4, N), and the gradient of scale * loss, (N, K), from one read of the logits."""
     return _run(loss_and_gradient_pass, logits, target, weight, None, scale, options, NUM_LOSSES)
 
 
-def row_gradient_(logits, target, weight, stats, scale, *options) -> Tensor:
+def row_gradient_(logits, target, weight, stats, scale, options: RowOptions) -> Tensor:
     """:func:`row_gradient` written over the logits, in eager code only."""
     logits = logits.detach()
     return _run(gradient_pass, logits, target, weight, stats, scale, options, 0, logits)[1]
 
 
-def row_loss_and_gradient_(logits, target, weight, scale, *options) -> tuple[Tensor, Tensor]:
+def row_loss_and_gradient_(logits, target, weight, scale, options: RowOptions) -> tuple[Tensor, Tensor]:
     """:func:`row_loss_and_gradient` with the gradient written over the logits, in eager code only."""
     logits = logits.detach()
     return _run(loss_and_gradient_pass, logits, target, weight, None, scale, options, NUM_LOSSES, logits)

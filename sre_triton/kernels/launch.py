@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from ..primitives import RowOptions
 from .kernels import row_loss_kernel
 from .plan import Device, plan
 from .rows import Inputs, Options, Variant
@@ -59,8 +60,9 @@ def _scalar(value: float | Tensor | None) -> float | Tensor | None:
     return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value
 
 
-def _options(c, reg_weight, ignore_index, label_smoothing, z_loss, softcap) -> Options:
-    c = _scalar(c)
+def _options(options: RowOptions) -> Options:
+    """As a kernel takes them."""
+    c = _scalar(options.c)
     whole = rest = None
     if isinstance(c, float):
         log2_c = math.log2(c)
@@ -69,20 +71,20 @@ def _options(c, reg_weight, ignore_index, label_smoothing, z_loss, softcap) -> O
         c=c,
         log2_c_whole=whole,
         log2_c_rest=rest,
-        reg_weight=_scalar(reg_weight),
-        ignore_index=ignore_index,
-        label_smoothing=_scalar(label_smoothing),
-        z_loss=_scalar(z_loss),
-        softcap=_scalar(softcap),
+        reg_weight=_scalar(options.reg_weight),
+        ignore_index=options.ignore_index,
+        label_smoothing=_scalar(options.label_smoothing),
+        z_loss=_scalar(options.z_loss),
+        softcap=_scalar(options.softcap),
     )
 
 
-def launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, options: tuple, **arguments) -> None:
+def launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, **arguments) -> None:
     """Launch a kernel over the rows of the logits, with the Inputs, Options and Variant for them."""
     num_rows, num_classes = logits.shape
     if num_rows == 0 or num_classes == 0:
         return
-    opts, (first_class, all_classes) = _options(*options[:6]), options[6:] or (None, None)
+    opts, all_classes = _options(options), options.all_classes
     probabilities = target.dim() == 2
     logits, target = _in_rows(logits), _in_rows(target) if probabilities else target.contiguous()
     gradient = arguments.get("gradient_ptr")
@@ -123,7 +125,7 @@ def launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, option
                 weight_ptr=None if weight is None else weight.contiguous(),
                 num_rows=num_rows,
                 num_classes=num_classes // align,
-                first_class=None if all_classes is None else first_class,
+                first_class=None if all_classes is None else options.first_class,
                 all_classes=all_classes,
             ),
             opts=opts,

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..primitives import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, new_gradient, new_numbers, primitive
+from ..primitives import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, RowOptions, new_gradient, new_numbers, primitive
 from .kernels import row_gradient_kernel, row_loss_kernel, row_lse_kernel, row_sums_kernel
 from .launch import launch, on_device
 from .small import inverse_count_kernel, scale_gradient_kernel, scaled_sum_kernel
@@ -20,7 +20,7 @@ SCALING_TILE = 2048
 
 
 @primitive("triton")
-def row_lse(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> Tensor:
+def row_lse(logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions) -> Tensor:
     """m, exp_sum, y_sum, yz_sum, omega of each row: (5, N)."""
     stats = new_numbers(logits, NUM_LSE)
     launch(row_lse_kernel, logits, target, weight, options, stats_ptr=stats)
@@ -28,7 +28,7 @@ def row_lse(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> 
 
 
 @primitive("triton")
-def row_sums(logits: Tensor, target: Tensor, stats: Tensor, *options) -> Tensor:
+def row_sums(logits: Tensor, target: Tensor, stats: Tensor, options: RowOptions) -> Tensor:
     """h_sum and u_sum of each row, (2, N), from the (5, N) of row_lse."""
     sums = new_numbers(logits, NUM_SUMS)
     launch(row_sums_kernel, logits, target, None, options, stats_ptr=stats.contiguous(), sums_ptr=sums)
@@ -53,7 +53,7 @@ def _row_loss(logits, target, weight, options, *, scale=None, stats=None, gradie
 
 
 @primitive("triton")
-def row_loss(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> tuple[Tensor, Tensor]:
+def row_loss(logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions) -> tuple[Tensor, Tensor]:
     """The losses of each row, (4, N), and its statistics, (7, N), from which row_gradient goes on."""
     stats = new_numbers(logits, NUM_STATS)
     return _row_loss(logits, target, weight, options, stats=stats), stats
@@ -61,7 +61,7 @@ def row_loss(logits: Tensor, target: Tensor, weight: Tensor | None, *options) ->
 
 @primitive("triton")
 def row_loss_and_gradient(
-    logits: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, *options
+    logits: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, options: RowOptions
 ) -> tuple[Tensor, Tensor]:
     """The losses of each row, (4, N), and the gradient of scale * loss, (N, K), from one read of the logits."""
     gradient = new_gradient(logits)
@@ -84,7 +84,7 @@ def _fill_gradient(gradient, logits, target, weight, stats, scale, options) -> N
 
 @primitive("triton")
 def row_gradient(
-    logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, scale: Tensor, *options
+    logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, scale: Tensor, options: RowOptions
 ) -> Tensor:
     """The gradient of scale * loss, (N, K) in the dtype of the logits."""
     gradient = new_gradient(logits)
@@ -95,14 +95,14 @@ def row_gradient(
 # Eager code only. Kernels write behind autograd's back, so its version counter is moved by hand.
 
 
-def row_loss_and_gradient_(logits, target, weight, scale, *options) -> tuple[Tensor, Tensor]:
+def row_loss_and_gradient_(logits, target, weight, scale, options: RowOptions) -> tuple[Tensor, Tensor]:
     """:func:`row_loss_and_gradient` with the gradient written over the logits."""
     losses = _row_loss(logits, target, weight, options, scale=scale, gradient=logits)
     torch.autograd.graph.increment_version(logits)
     return losses, logits.detach()
 
 
-def row_gradient_(logits, target, weight, stats, scale, *options) -> Tensor:
+def row_gradient_(logits, target, weight, stats, scale, options: RowOptions) -> Tensor:
     """:func:`row_gradient` written over the logits."""
     _fill_gradient(logits, logits, target, weight, stats, scale, options)
     torch.autograd.graph.increment_version(logits)

@@ -24,13 +24,14 @@ from torch import Tensor
 
 from ..backend import primitives
 from ..compiled.passes import Row, local_class, losses_of
-from ..compiled.primitives import numbers_of
+from ..compiled.primitives import scalars_of
 from ..primitives import (
     NUM_LOSSES,
     NUM_LSE,
     NUM_STATS,
     NUM_SUMS,
     OPTIONS,
+    RowOptions,
     as_tensors,
     batching_rule,
     hidden_from_modes,
@@ -162,15 +163,13 @@ def _combine(
     return stats, summed[NUM_SUMMED:]
 
 
-def sum_of_weights(
-    target: Tensor, weight: Tensor, c, reg_weight, ignore_index, label_smoothing, z_loss, softcap, first_class, _
-) -> Tensor:
+def sum_of_weights(target: Tensor, weight: Tensor, options: RowOptions) -> Tensor:
     """Of those targets of class indices that are in this shard, (1,)."""
     weight = weight.detach().to(compute_dtype(weight.dtype))
     if weight.numel() == 0:
         return weight.new_zeros(1)
-    index, here = local_class(target, weight.shape[0], first_class)
-    return torch.where(here & (target != ignore_index), weight[index], 0).sum(0, keepdim=True)
+    index, here = local_class(target, weight.shape[0], options.first_class)
+    return torch.where(here & (target != options.ignore_index), weight[index], 0).sum(0, keepdim=True)
 
 
 def row_stats(
@@ -178,7 +177,7 @@ def row_stats(
     logits: Tensor,  # (N, classes of the shard)
     target: Tensor,  # (N,), or (N, classes of the shard)
     weight: Tensor | None,  # (classes of the shard,)
-    options: tuple,
+    options: RowOptions,
     group: "dist.ProcessGroup",
     factor: float | Tensor,
     call: tuple = (),
@@ -188,17 +187,18 @@ def row_stats(
 
     The ``factor`` with which the losses will be multiplied must be the same on all ranks, and so must ``call``.
     """
-    c, reg_weight, ignore_index, *others, first_class, num_classes = options
+    num_classes = options.all_classes
     num_rows, num_here = logits.shape
     indices = target.dim() == 1
 
     stats = new_numbers(logits, NUM_LSE)
     if num_here:
-        stats = row_primitives.row_lse(logits, target, weight, *options)
+        stats = row_primitives.row_lse(logits, target, weight, options)
     else:
         stats.zero_()[0] = -torch.inf
-    call = repr((*call, num_rows, num_classes, logits.dtype, indices, weight is None, ignore_index))
-    header = _header(call, (factor, c, reg_weight, *others), first_class, first_class + num_here, stats)
+    call = repr((*call, num_rows, num_classes, logits.dtype, indices, weight is None, options.ignore_index))
+    values = factor, options.c, options.reg_weight, options.label_smoothing, options.z_loss, options.softcap
+    header = _header(call, values, options.first_class, options.first_class + num_here, stats)
     # Without class weights, ω is 1.
     sent = stats if weight is not None else stats[: NUM_LSE - 1]
     stats, rest = _combine(sent, header, stats.new_empty(0) if rest is None else rest, group, num_classes)
@@ -212,21 +212,25 @@ def row_stats(
 
     sums = stats.new_zeros(NUM_SUMS, num_rows)
     if num_here:
-        sums = row_primitives.row_sums(logits, target, stats, *options).contiguous()
+        sums = row_primitives.row_sums(logits, target, stats, options).contiguous()
     dist.all_reduce(sums, group=group)
     stats = torch.cat([stats, sums])
-    losses = losses_of(Row(*stats.unsqueeze(2)), target, numbers_of(stats.dtype, *options))
+    losses = losses_of(Row(*stats.unsqueeze(2)), target, scalars_of(stats.dtype, options))
     return torch.cat(losses, 1).t().contiguous(), stats, rest
 
 
 @hidden_from_modes
-def _row_loss(logits, target, weight, factor, backend, group, *options) -> tuple[Tensor, Tensor]:
+def _row_loss(logits, target, weight, factor, backend, group, options: RowOptions) -> tuple[Tensor, Tensor]:
     return row_stats(primitives(backend), logits, target, weight, options, group_of(group), factor)[:2]
+
+
+def _of_op(*args) -> tuple[Tensor, Tensor]:
+    return _row_loss(*args[:6], RowOptions(*args[6:]))
 
 
 _op = torch.library.custom_op(
     "sre_triton::sharded_row_loss",
-    without_forward_ad(_row_loss),
+    without_forward_ad(_of_op),
     mutates_args=(),
     schema=f"(Tensor logits, Tensor target, Tensor? weight, Tensor factor, str backend, str group, {OPTIONS}) "
     "-> (Tensor, Tensor)",
@@ -237,11 +241,17 @@ register_formula(_op, lambda inputs: inputs[4], with_stats=True)
 
 
 def row_loss(
-    logits: Tensor, target: Tensor, weight: Tensor | None, factor: Tensor, backend: str, group: str, *options
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    factor: Tensor,
+    backend: str,
+    group: str,
+    options: RowOptions,
 ) -> tuple[Tensor, Tensor]:
     """:func:`row_stats` as the primitive row_loss: losses (4, N), statistics (7, N)."""
     if not is_exporting():
         logits = logits.detach()
     if not needs_dispatch(logits, (target, weight, factor)):
-        return _row_loss(logits, target, weight, factor, backend, group, *options)
+        return _row_loss(logits, target, weight, factor, backend, group, options)
     return _op(logits, target, weight, factor, backend, group, *as_tensors(options))

@@ -527,6 +527,7 @@ class Run:
               weight=None, target="indices", scale="one", pointers=False, multiprocessors=132, shards=1,
               **given) -> None:  # fmt: skip
         from sre_triton.kernels import primitives
+        from sre_triton.primitives import RowOptions
 
         gpu, check = self.gpu, self.check
         gpu.multiprocessors(multiprocessors)
@@ -546,20 +547,20 @@ class Run:
         factors = torch.ones(()).expand(N) if scale == "one" else torch.randn(N, generator=generator)
         tensors = torch.tensor(options["c"], dtype=torch.float64), torch.tensor(options["reg_weight"])
         absent = [options[name] or None for name in ("label_smoothing", "z_loss", "softcap")]
-        values = (*(map(OnGpu, tensors) if pointers else tensors), options["ignore_index"], *absent)
+        values = RowOptions(*(map(OnGpu, tensors) if pointers else tensors), options["ignore_index"], *absent)
         before = logits.clone()
 
         if kernel == "row_loss_and_gradient":
             true, true_gradient = truth(before, classes, w, factors, options)
             call = primitives.row_loss_and_gradient_ if inplace else primitives.row_loss_and_gradient
-            losses, gradient = call(logits, classes, w, factors, *values)
+            losses, gradient = call(logits, classes, w, factors, values)
             check.losses(losses, true, context, names)
             check.gradient(
                 gradient, true_gradient, factors, swing(before, classes, w, factors, options), context, names
             )
         elif kernel == "row_loss":
             true, _ = truth(before, classes, w, factors, options)
-            losses, stats = primitives.row_loss(logits, classes, w, *values)
+            losses, stats = primitives.row_loss(logits, classes, w, values)
             check.losses(losses, true, context, names)
             check.stats(stats, *true_stats(before, classes, w, options), context, names, options["c"])
         elif kernel == "parts":
@@ -610,9 +611,13 @@ class Run:
         for begin, end in itertools.pairwise(ends):
             piece = logits[:, begin:end] if shards == 1 else logits[:, begin:end].contiguous()
             there = classes if classes.dim() == 1 else classes[:, begin:end].contiguous()
-            more = () if shards == 1 else (begin, K)
+            more = (0, None) if shards == 1 else (begin, K)
             pieces.append((piece, there, None if w is None else w[begin:end].contiguous(), more))
-        each = [primitives.row_lse(z, y, v, *values, *more) for z, y, v, more in pieces]
+
+        def of_shard(more):
+            return values._replace(first_class=more[0], all_classes=more[1])
+
+        each = [primitives.row_lse(z, y, v, of_shard(more)) for z, y, v, more in pieces]
         if shards == 1:
             lse = each[0]
         else:
@@ -625,12 +630,12 @@ class Run:
             lse = torch.cat([m[None], total.float()])
             if w is None and classes.dim() == 2:
                 lse[4] = 1.0
-        sums = [primitives.row_sums(z, y, lse.contiguous(), *values, *more) for z, y, _, more in pieces]
+        sums = [primitives.row_sums(z, y, lse.contiguous(), of_shard(more)) for z, y, _, more in pieces]
         stats = torch.cat([lse, torch.stack(sums).sum(0)])
         true, size, ignored = true_stats(before, classes, w, options)
         check.stats(stats, true, size, ignored, context, names, options["c"])
         call = primitives.row_gradient_ if inplace else primitives.row_gradient
-        gradients = [call(z, y, v, stats, factors, *values, *more) for z, y, v, more in pieces]
+        gradients = [call(z, y, v, stats, factors, of_shard(more)) for z, y, v, more in pieces]
         _, true_gradient = truth(before, classes, w, factors, options)
         check.gradient(
             torch.cat(gradients, 1), true_gradient, factors, swing(before, classes, w, factors, options), context, names

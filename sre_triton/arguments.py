@@ -1,0 +1,140 @@
+"""The arguments of a call, checked and as rows: of both public functions the same from here on."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    check_are_tensors,
+    check_inplace,
+    check_linear,
+    check_range,
+    check_tensors,
+    is_dtensor,
+    of_shard,
+)
+from .options import Options, check_many_classes, check_options
+from .primitives import is_exporting
+
+
+class Arguments(NamedTuple):
+    """What of a call is on this rank."""
+
+    inputs: tuple[Tensor | None, ...]  # what may get a gradient: logits (N, K), or features (N, D), W (K, D), b (K,)
+    target: Tensor  # (N,) or (N, K)
+    weight: Tensor | None  # (K,)
+    options: Options
+    num_classes: int  # K, with the classes of all shards
+    shape: torch.Size  # of the loss without reduction
+    none_ignored: bool  # all class indices are seen to be in range
+    wanted: tuple[bool, ...]  # which of the inputs gets a gradient
+    layout: object  # of DTensors (sharding/dtensor.py), or None
+
+    @property
+    def rows(self) -> Tensor:
+        """What a row of the loss belongs to: logits or features."""
+        return self.inputs[0]
+
+    @property
+    def weights_are_shared_out(self) -> bool:
+        """Whether the mean divides by weights of targets that are in other shards.
+
+        Their sum then comes with the numbers of the rows, and the losses are divided by it later.
+        """
+        options = self.options
+        is_mean = options.reduction == "mean" and options.denominator is None
+        return is_mean and options.shard is not None and self.weight is not None and self.target.dim() == 1
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """(K,), (N, K) or (N, K, d1, ...) -> (rows, K); the same tensor where it has that shape."""
+    if tensor.dim() == 2:
+        return tensor
+    return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.movedim(1, -1).flatten(0, -2)
+
+
+def _wanted(inputs: tuple[Tensor | None, ...]) -> tuple[bool, ...]:
+    """Which of the inputs gets a gradient. A program that is exported has the op's formula, whatever is wanted now."""
+    wants_gradient = torch.is_grad_enabled() and not is_exporting()
+    return tuple(wants_gradient and tensor is not None and tensor.requires_grad for tensor in inputs)
+
+
+def of_logits(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Arguments:
+    """The arguments of the loss of logits."""
+    check_options(options)
+    check_are_tensors({"input": input, "target": target}, {"weight": weight})
+    layout, shard = None, options.shard
+    if is_dtensor(input):
+        from .sharding import dtensor
+
+        input, target, weight, shard, layout = dtensor.of_logits(input, target, weight, shard)
+    dim = min(1, input.dim() - 1)
+    if shard is not None and input.dim() > 0:
+        target, weight = of_shard(shard, target, weight, input.dim(), dim)
+    check_tensors(input, target, weight, options.ignore_index, shard)
+    num_classes = input.shape[dim] if shard is None else shard.num_classes
+    indices = target.shape != input.shape
+    if indices:
+        target = target.long()  # before anything is compared with it: in uint8, 300 is 44
+    none_ignored = indices and check_range(target, num_classes, options.ignore_index)
+    wanted = _wanted((input,))
+    if options.inplace and any(wanted) and not torch.compiler.is_compiling():
+        check_inplace(input)
+    check_many_classes(options, num_classes)
+    return Arguments(
+        inputs=(_as_rows(input),),
+        target=target.flatten() if indices else _as_rows(target),
+        weight=weight,
+        options=options._replace(shard=shard),
+        num_classes=num_classes,
+        shape=input.shape[:dim] + input.shape[dim + 1 :],
+        none_ignored=none_ignored,
+        wanted=wanted,
+        layout=layout,
+    )
+
+
+def of_linear(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+) -> Arguments:
+    """The arguments of a linear layer and its loss."""
+    check_options(options)
+    needed = {"input": input, "linear_weight": linear_weight, "target": target}
+    check_are_tensors(needed, {"linear_bias": linear_bias, "weight": weight})
+    layout, shard = None, options.shard
+    if is_dtensor(input) or is_dtensor(linear_weight):
+        from .sharding import dtensor
+
+        input, linear_weight, linear_bias, target, weight, shard, layout = dtensor.of_linear(
+            input, linear_weight, linear_bias, target, weight, shard
+        )
+    if shard is not None and input.dim() > 0:
+        target, weight = of_shard(shard, target, weight, input.dim(), dim=input.dim() - 1)
+    check_linear(input, linear_weight, linear_bias, target, weight, options.ignore_index, shard)
+    num_here, num_features = linear_weight.shape
+    num_classes = num_here if shard is None else shard.num_classes
+    shape = input.shape[:-1]
+    indices = target.shape != (*shape, num_here)
+    if indices:
+        target = target.long()  # before anything is compared with it: in uint8, 300 is 44
+    none_ignored = indices and check_range(target, num_classes, options.ignore_index)
+    check_many_classes(options, num_classes)
+    rows = input.reshape(-1, num_features)
+    inputs = rows, linear_weight, linear_bias
+    return Arguments(
+        inputs=inputs,
+        target=target.reshape(-1) if indices else target.reshape(rows.shape[0], num_here),
+        weight=weight,
+        options=options._replace(shard=shard),
+        num_classes=num_classes,
+        shape=shape,
+        none_ignored=none_ignored,
+        wanted=_wanted(inputs),
+        layout=layout,
+    )

@@ -1,0 +1,158 @@
+"""The options of the loss: every keyword of the public functions once, its check, and what rows take of it.
+
+Only Python numbers and scalar tensors are looked at, so nothing waits for a GPU, and all of it works while tracing. The
+exception is a λ that lies on a CPU.
+"""
+
+import sys
+from numbers import Integral, Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import REALS, check_dense, check_size, is_dtensor, may_hold
+from .messages import MANY_CLASSES, warn_once, wrong
+from .primitives import RowOptions, value_on_cpu
+from .reference import compute_dtype
+from .sharding.shard import VocabShard
+
+REDUCTIONS = ("none", "mean", "sum")
+BACKENDS = (None, "triton", "compile", "eager")
+
+
+class Options(NamedTuple):
+    """The keywords of a call, in the order of the public signatures; those that one of the two lacks come last."""
+
+    c: float
+    reg_weight: float | Tensor
+    class_mean: bool | None
+    ignore_index: int
+    reduction: str
+    denominator: float | Tensor | None
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    return_parts: bool
+    shard: VocabShard | None
+    backend: str | None
+    inplace: bool = False
+    recompute: bool | None = None
+    chunk_rows: int | None = None
+
+    def per_class(self, num_classes: int) -> float:
+        """What the mean over the wrong classes multiplies S by."""
+        if not self.class_mean:
+            return 1.0
+        return 1 / (num_classes - 1) if num_classes > 1 else 0.0
+
+    def of_rows(self, num_classes: int, backend: str, rows: Tensor) -> RowOptions:
+        """What the primitives take, for rows of ``num_classes``: λ' is λ times what the mean over the classes makes.
+
+        An option that is not in use is None, so that a kernel has no instruction for it. While compiling numbers become
+        tensors, as the graph would hold for one value otherwise; one that may be 0 or not is in use.
+        """
+        number, device = float, "cpu"
+        if torch.compiler.is_compiling():
+            # A tensor times a number is traced without compiling the number in. In a graph for a GPU, nothing may lie
+            # on the CPU if it is to become a CUDA graph.
+            device = rows.device if backend == "triton" else "cpu"
+            number = torch.ones((), dtype=torch.float64, device=device).mul
+        reg_weight = value_on_cpu(self.reg_weight)
+        if isinstance(reg_weight, Tensor):
+            device = device if reg_weight.device.type == "cpu" else rows.device
+            reg_weight = reg_weight.detach().to(device, compute_dtype(rows.dtype))
+        else:
+            reg_weight = number(reg_weight)
+        c, reg_weight = number(self.c), reg_weight * self.per_class(num_classes)
+        may_be_none = self.label_smoothing, self.z_loss, self.softcap
+        others = [None if x is None or not may_hold(x != 0) else number(x) for x in may_be_none]
+        of_classes = () if self.shard is None else (self.shard.start, self.shard.num_classes)
+        return RowOptions(c, reg_weight, int(self.ignore_index), *others, *of_classes)
+
+
+def _is_number(value: object) -> bool:
+    # (int, float) comes first for torch.compile, which sees symbolic numbers as these.
+    # Of the other real numbers only NumPy's can be multiplied by a tensor.
+    if isinstance(value, (int, float)):
+        return not isinstance(value, bool)
+    return isinstance(value, Real) and type(value).__module__ == "numpy"
+
+
+def _check_number(argument: str, value: object, low: float, high: float, expected: str, mend: str = "") -> None:
+    """The number is in its range; ``mend`` says what to do instead of 0."""
+    if not _is_number(value):
+        mend = f"{argument}.item() makes a number of it" if isinstance(value, Tensor) else ""
+        raise wrong(TypeError, argument, expected, value, mend)
+    # A comparison of NumPy's scalars with these bounds may overflow. Converting others would lose their symbols.
+    number = value if isinstance(value, (int, float)) else float(value)
+    if not (may_hold(number >= low) and may_hold(number <= high)):
+        raise wrong(ValueError, argument, expected, value, mend if value == 0 else "")
+
+
+def _check_scalar_tensor(argument: str, value: Tensor) -> None:
+    check_dense(argument, value)
+    if is_dtensor(value):
+        raise TypeError(f"{argument}: expected a plain tensor, got a DTensor; {argument}.full_tensor() is one")
+    if value.dim() != 0 or value.dtype not in REALS:
+        mend = f"{argument}.squeeze() has none" if value.dtype in REALS and value.numel() == 1 else ""
+        raise wrong(ValueError, argument, "a number or a real tensor of 0 dimensions", value, mend)
+    if value.requires_grad and torch.is_grad_enabled():
+        warn_once(f"a gradient of {argument}")
+
+
+def check_reg_weight(value: object, largest: float = sys.float_info.max) -> None:
+    """λ, alone."""
+    if isinstance(value, Tensor):
+        _check_scalar_tensor("reg_weight", value)
+    else:
+        _check_number("reg_weight", value, -largest, largest, "a finite number or a tensor of 0 dimensions")
+
+
+def check_options(options: Options) -> None:
+    """What can be judged alone."""
+    largest = sys.float_info.max
+    # For a smaller c, a probability divided by c leaves the range of float32.
+    _check_number("c", options.c, 1e-30, 1.0, "a number from 1e-30 to 1", "for plain cross entropy pass reg_weight=0")
+    check_reg_weight(options.reg_weight)
+    if not isinstance(options.ignore_index, (int, Integral)) or isinstance(options.ignore_index, bool):
+        raise wrong(TypeError, "ignore_index", "an int", options.ignore_index)
+    if not (may_hold(options.ignore_index >= -(2**63)) and may_hold(options.ignore_index < 2**63)):
+        raise wrong(ValueError, "ignore_index", "an int of 64 bits", options.ignore_index)
+    if not isinstance(options.reduction, str) or options.reduction not in REDUCTIONS:
+        raise wrong(ValueError, "reduction", "'none', 'mean' or 'sum'", options.reduction)
+    if options.denominator is not None:
+        if options.reduction != "mean":
+            raise wrong(ValueError, "denominator", f"None with reduction={options.reduction!r}", options.denominator)
+        if isinstance(options.denominator, Tensor):
+            _check_scalar_tensor("denominator", options.denominator)
+        else:
+            expected = "a number of at least 1e-30 or a tensor of 0 dimensions"
+            _check_number("denominator", options.denominator, 1e-30, largest, expected)
+    _check_number("label_smoothing", options.label_smoothing, 0.0, 1.0, "a number from 0 to 1")
+    _check_number("z_loss", options.z_loss, 0.0, largest, "a finite number of at least 0")
+    if options.softcap is not None:
+        _check_number("softcap", options.softcap, 1e-30, 1e30, "None or a number from 1e-30 to 1e30")
+    for argument, value in (("class_mean", options.class_mean), ("recompute", options.recompute)):
+        if value is not None and not isinstance(value, bool):
+            raise wrong(TypeError, argument, "True, False or None", value)
+    for argument, value in (("inplace", options.inplace), ("return_parts", options.return_parts)):
+        if not isinstance(value, bool):
+            raise wrong(TypeError, argument, "True or False", value)
+    if not (options.backend is None or isinstance(options.backend, str)) or options.backend not in BACKENDS:
+        raise wrong(ValueError, "backend", "None, 'triton', 'compile' or 'eager'", options.backend)
+    if options.shard is not None and not isinstance(options.shard, VocabShard):
+        raise wrong(TypeError, "shard", "a VocabShard or None", options.shard)
+    if options.chunk_rows is not None:
+        check_size("chunk_rows", options.chunk_rows, "None or an int")
+
+
+def check_many_classes(options: Options, num_classes: int) -> None:
+    """Warn, once a process, where the plain sum over many classes drowns the cross entropy: unless λ is known as 0."""
+    if options.class_mean is not None or num_classes < MANY_CLASSES:
+        return
+    if not torch.compiler.is_compiling():  # which would compile the number in
+        reg_weight = value_on_cpu(options.reg_weight)
+        if not isinstance(reg_weight, Tensor) and reg_weight == 0:
+            return
+    warn_once("many classes")

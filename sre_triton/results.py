@@ -1,0 +1,108 @@
+"""From the losses of rows to the result of a call: what they are multiplied by, their reduction, the parts."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arguments import Arguments
+from .backend import backend_of, primitives
+from .primitives import NUM_LOSSES, RowOptions, is_batched, is_watched
+from .reference import Parts, compute_dtype, sample_weights
+
+
+class Call(NamedTuple):
+    """What is decided before anything is computed."""
+
+    backend: str
+    reduction: str
+    factor: Tensor  # (): what the sum of the rows' losses is multiplied by
+    divide: bool  # the factor, by the weights of all ranks' targets, once they are known
+    options: RowOptions
+
+
+def reduced(losses: Tensor, factor: Tensor, reduction: str, backend: str) -> Tensor:
+    """(N,) -> () or (N,): a tensor of its own, so that the user may change it in place."""
+    if reduction == "none":
+        return losses.clone()
+    if few_launches(losses, backend):
+        return primitives(backend).scaled_sum(losses, factor)
+    return losses.sum() * factor
+
+
+def few_launches(rows: Tensor, backend: str) -> bool:
+    """Whether kernels/small.py does in one launch what takes PyTorch several, for numbers of rows in eager code."""
+    plain = type(rows) in (Tensor, torch.nn.Parameter) and not (rows.is_meta or is_watched() or is_batched(rows))
+    return backend == "triton" and plain and 0 < rows.shape[0] <= primitives(backend).FEW_ROWS
+
+
+def _factor_of(arguments: Arguments, reduction: str, backend: str) -> Tensor:
+    """What the sum of the rows' losses is multiplied by, ()."""
+    rows, target, weight, options = arguments.rows, arguments.target, arguments.weight, arguments.options
+    dtype, denominator = compute_dtype(rows.dtype), options.denominator
+    if reduction != "mean" or arguments.weights_are_shared_out:
+        denominator = 1.0
+    elif denominator is None:
+        if target.dim() == 2 or (arguments.none_ignored and weight is None):
+            denominator = rows.shape[0]
+        elif few_launches(rows, backend):
+            return primitives(backend).inverse_count(target, weight, arguments.num_classes, options.ignore_index)
+        else:
+            denominator = sample_weights(target, weight, options.ignore_index).sum()
+    if isinstance(denominator, Tensor):
+        return denominator.detach().to(rows.device, dtype).reciprocal()
+    if torch.compiler.is_compiling():  # which would compile the number in
+        return torch.ones((), dtype=dtype, device=rows.device) / denominator
+    return torch.full((), 1 / denominator if denominator else math.inf, dtype=dtype, device=rows.device)
+
+
+def _share_of(arguments: Arguments) -> tuple[str, float]:
+    """How this rank reduces its rows, and which share the mean of them has in the mean of all (sharding/dtensor.py)."""
+    options, layout = arguments.options, arguments.layout
+    if layout is None or options.reduction != "mean" or options.denominator is not None:
+        return options.reduction, 1.0
+    return ("mean", layout.share) if layout.share else ("sum", 1.0)  # there is no mean of no rows
+
+
+def _parts_of(losses: Tensor, call: Call, per_class: float, shape: torch.Size) -> Parts:
+    """The parts, from the losses of the rows (4, N)."""
+    losses = losses.detach()
+    if call.reduction == "none":
+        parts = losses.reshape(NUM_LOSSES, *shape)[1:].contiguous()
+    else:
+        parts = losses[1:].sum(1) * call.factor
+    cross_entropy, regularizer, z_penalty = parts.unbind()
+    return Parts(cross_entropy, regularizer * per_class, z_penalty)
+
+
+def result_of(
+    arguments: Arguments, compute: Callable[[Arguments, Call], tuple[Tensor, Tensor, Tensor]]
+) -> Tensor | tuple[Tensor, Parts]:
+    """What the user gets.
+
+    Args:
+        arguments: of the call.
+        compute: returns the reduced loss, the losses of the rows (4, N), and the factor, if it was divided since.
+    """
+    options, layout = arguments.options, arguments.layout
+    backend = backend_of(options.backend, arguments.rows, arguments.target, arguments.weight, options.shard)
+    reduction, share = _share_of(arguments)
+    divide = arguments.weights_are_shared_out and reduction == "mean"
+    factor = _factor_of(arguments, reduction, backend)
+    if share != 1:
+        factor = factor * share
+    row_options = options.of_rows(arguments.num_classes, backend, arguments.rows)
+    call = Call(backend, reduction, factor, divide, row_options)
+    loss, losses, factor = compute(arguments, call)
+    if reduction == "none" and loss.shape != arguments.shape:  # FSDP2 warns of views
+        loss = loss.reshape(arguments.shape)
+    parts = None
+    if options.return_parts:
+        per_class = options.per_class(arguments.num_classes)
+        parts = _parts_of(losses, call._replace(factor=factor), per_class, arguments.shape)
+    if layout is not None:
+        loss = layout.result(loss, reduction)
+        parts = parts and Parts(*(layout.result(part, reduction) for part in parts))
+    return (loss, parts) if options.return_parts else loss
