@@ -13,10 +13,10 @@ from sre_triton import (
     Parts,
     SelfRegularizedEntropyLoss,
     chunks,
-    fallback,
     linear_self_regularized_entropy,
     self_regularized_entropy,
 )
+from sre_triton.compiled import primitives as compiled_primitives
 
 N, D, K = 11, 16, 40
 
@@ -215,8 +215,10 @@ def test_no_row_at_all(dtype, quick_backend):
 def test_no_time_is_spent_on_ignored_rows(monkeypatch, uncompiled):
     input, W, b, target, _ = linear_problem((N,), D, K, {})
     rows = []
-    compute = fallback.row_loss_and_gradient_
-    monkeypatch.setattr(fallback, "row_loss_and_gradient_", lambda z, *args: rows.append(len(z)) or compute(z, *args))
+    compute = compiled_primitives.row_loss_and_gradient_
+    monkeypatch.setattr(
+        compiled_primitives, "row_loss_and_gradient_", lambda z, *args: rows.append(len(z)) or compute(z, *args)
+    )
     loss_and_gradients(input, W, b, torch.where(torch.arange(N) < 4, target, -100), chunk_rows=3)
     assert rows == [3, 1]
 

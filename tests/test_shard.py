@@ -29,11 +29,11 @@ from sre_triton import (
     LinearSelfRegularizedEntropyLoss,
     SelfRegularizedEntropyLoss,
     VocabShard,
-    collectives,
     linear_self_regularized_entropy,
     messages,
     self_regularized_entropy,
 )
+from sre_triton.sharding import collectives
 
 sys.path.append(str(Path(__file__).parents[1] / "perf"))
 from sweep_shards import collectives_of
