@@ -871,12 +871,12 @@ def refused(group):
         target,
         shard=shard,
     )
-    return messages
+    return said
 
 
 def test_errors_say_what_was_expected(ranks):
-    (messages,) = ranks.run(1, refused)
-    assert messages == [
+    (said,) = ranks.run(1, refused)
+    assert said == [
         "input: expected logits of the shard's 30 classes in dimension 1, got a float32 tensor of shape (9, 60)",
         "target: expected probabilities of 30 or 60 classes in dimension 1, got a float32 tensor of shape (9, 31)",
         "weight: expected a tensor of shape (30,) or (60,), got a float32 tensor of shape (31,)",
