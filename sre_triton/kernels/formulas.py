@@ -173,9 +173,9 @@ def reference_of(m, PTX: tl.constexpr):
 
 
 @triton.jit
-def columns(numbers, tile):
+def columns(constants, tile):
     """The numbers of the rows, to meet a tile of them."""
-    factor, product, off, sc = numbers
+    factor, product, off, sc = constants
     return column(factor, tile), column(product, tile), column(off, tile), column(sc, tile)
 
 
@@ -263,7 +263,7 @@ def add_to_lse(lse, z, wy, given, HAS_Y: tl.constexpr, ADJACENT: tl.constexpr):
 
 
 @triton.jit
-def lse_of_rows(lse, reference, m, zero, HAS_Y: tl.constexpr):
+def lse_of_row(lse, reference, m, zero, HAS_Y: tl.constexpr):
     """The same of rows, from their groups; s relative to the reference."""
     m_group, exp_sum, y_sum, yz_sum, omega = lse
     factor, product = column(reference[0], m_group), column(reference[1], m_group)
@@ -280,31 +280,31 @@ def lse_of_rows(lse, reference, m, zero, HAS_Y: tl.constexpr):
 
 
 @triton.jit
-def _coin(z, numbers, PTX: tl.constexpr):
+def _coin(z, constants, PTX: tl.constexpr):
     """e, t, μ and 1 - μ."""
-    factor, product, off, sc = numbers
+    factor, product, off, sc = constants
     d, e = _exp(z, factor, product)
     smaller, of_sum = tl.minimum(e, sc), reciprocal(e + sc, PTX)
     return e, d - off, smaller * of_sum, less_product(1.0, smaller, of_sum)
 
 
 @triton.jit
-def coin_h_and_u(z, numbers, PTX: tl.constexpr):
+def coin_h_and_u(z, constants, PTX: tl.constexpr):
     """h and u, with a logarithm for every class."""
-    _, t, mu, rest = _coin(z, numbers, PTX)
+    _, t, mu, rest = _coin(z, constants, PTX)
     v = t * mu
     return tl.abs(v) + _minus_log2(rest, mu, PTX), less_product(v, v, mu)
 
 
 @triton.jit
-def sums_of_h_and_u(tiles, numbers, ADJACENT: tl.constexpr, CTAS: tl.constexpr, PTX: tl.constexpr):
+def sums_of_h_and_u(tiles, constants, ADJACENT: tl.constexpr, CTAS: tl.constexpr, PTX: tl.constexpr):
     """Of the groups of some tiles, with one logarithm for all classes of a group.
 
     P = Π (1 - μ) and M = 1 - P are kept apart, as P knows nothing of small M. Four classes go into M at a time: with
     eight, where all μ are 1/2, 1 - M would lose eight bits.
     """
     for i in tl.static_range(len(tiles)):
-        _, t, mu, _ = _coin(tiles[i], numbers, PTX)
+        _, t, mu, _ = _coin(tiles[i], constants, PTX)
         v = t * mu
         u = less_product(v, v, mu)
         # Not from 0 on: adding to that takes an instruction as well.
@@ -326,20 +326,20 @@ def sums_of_h_and_u(tiles, numbers, ADJACENT: tl.constexpr, CTAS: tl.constexpr, 
 
 
 @triton.jit
-def weighted_sums_of_h_and_u(z, y, numbers, ADJACENT: tl.constexpr, CTAS: tl.constexpr, PTX: tl.constexpr):
+def weighted_sums_of_h_and_u(z, y, constants, ADJACENT: tl.constexpr, CTAS: tl.constexpr, PTX: tl.constexpr):
     """Of (1 - y) h and (1 - y) u, with a logarithm for every class."""
-    h, u = coin_h_and_u(z[0], numbers, PTX)
+    h, u = coin_h_and_u(z[0], constants, PTX)
     h_sum, u_sum = (1.0 - y[0]) * h, (1.0 - y[0]) * u
     for i in tl.static_range(1, len(z)):
-        h, u = coin_h_and_u(z[i], numbers, PTX)
+        h, u = coin_h_and_u(z[i], constants, PTX)
         h_sum, u_sum = h_sum + (1.0 - y[i]) * h, u_sum + (1.0 - y[i]) * u
     return sum_of_groups(h_sum, ADJACENT, CTAS), sum_of_groups(u_sum, ADJACENT, CTAS)
 
 
 @triton.jit
-def gradient_of(z, wy, numbers, coef_e, coef_u, coef_y, softcap, HAS_Y: tl.constexpr, PTX: tl.constexpr):
+def gradient_of(z, wy, constants, coef_e, coef_u, coef_y, softcap, HAS_Y: tl.constexpr, PTX: tl.constexpr):
     """coef_e e + coef_u u + coef_y w y."""
-    e, t, mu, _ = _coin(z, numbers, PTX)
+    e, t, mu, _ = _coin(z, constants, PTX)
     v = t * mu
     u = less_product(v, v, mu)
     gradient = coef_e * e + (fma(coef_u, u, coef_y * wy) if HAS_Y else coef_u * u)

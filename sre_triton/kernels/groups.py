@@ -14,12 +14,12 @@ LOG2_GROUP = tl.constexpr(3)
 
 
 @triton.jit
-def column(numbers, tile):
+def column(of_row, tile):
     """What belongs to the rows, to meet a tile of them."""
     if len(tile.shape) == 2:
-        return numbers[:, None]
+        return of_row[:, None]
     else:
-        return numbers
+        return of_row
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 
 from .kernels import row_loss_kernel
 from .plan import Device, plan
-from .rows import Inputs, Options, Variant
+from .rows import Inputs, Scalars, Variant
 
 INTERPRETED = triton.knobs.runtime.interpret
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -59,13 +59,13 @@ def _scalar(value: float | Tensor | None) -> float | Tensor | None:
     return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value
 
 
-def _options(c, reg_weight, ignore_index, label_smoothing, z_loss, softcap) -> Options:
+def _options(c, reg_weight, ignore_index, label_smoothing, z_loss, softcap) -> Scalars:
     c = _scalar(c)
     whole = rest = None
     if isinstance(c, float):
         log2_c = math.log2(c)
         whole, rest = float(round(log2_c)), log2_c - round(log2_c)
-    return Options(
+    return Scalars(
         c=c,
         log2_c_whole=whole,
         log2_c_rest=rest,
@@ -78,11 +78,11 @@ def _options(c, reg_weight, ignore_index, label_smoothing, z_loss, softcap) -> O
 
 
 def launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, options: tuple, **arguments) -> None:
-    """Launch a kernel over the rows of the logits, with the Inputs, Options and Variant for them."""
+    """Launch a kernel over the rows of the logits, with the Inputs, Scalars and Variant for them."""
     num_rows, num_classes = logits.shape
     if num_rows == 0 or num_classes == 0:
         return
-    opts, (first_class, all_classes) = _options(*options[:6]), options[6:] or (None, None)
+    scalars, (first_class, all_classes) = _options(*options[:6]), options[6:] or (None, None)
     probabilities = target.dim() == 2
     logits, target = _in_rows(logits), _in_rows(target) if probabilities else target.contiguous()
     gradient = arguments.get("gradient_ptr")
@@ -93,7 +93,7 @@ def launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, option
     if "gradient_ptr" in arguments:
         arguments["gradient_stride"] = 0 if gradient is None else gradient.stride(0) // align
 
-    smoothed = opts.label_smoothing is not None
+    smoothed = scalars.label_smoothing is not None
     has_y = probabilities or (smoothed and weight is not None)
     holds_rows = kernel is row_loss_kernel
     with on_device(logits.device):
@@ -104,7 +104,7 @@ def launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, option
             logits.element_size(),
             holds_rows=holds_rows,
             aligned=align == vector,
-            plain=not has_y and opts.softcap is None,
+            plain=not has_y and scalars.softcap is None,
             device=_device(logits.device.index),
         )
         window = align < vector and how.rows == 1 and (gradient is None or gradient.stride(0) == logits.stride(0))
@@ -126,8 +126,8 @@ def launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, option
                 first_class=None if all_classes is None else first_class,
                 all_classes=all_classes,
             ),
-            opts=opts,
-            V=Variant(
+            scalars=scalars,
+            VARIANT=Variant(
                 PROBABILITIES=probabilities,
                 HAS_Y=has_y,
                 SMOOTHED=smoothed and not has_y,

@@ -35,7 +35,7 @@ def row_sums(logits: Tensor, target: Tensor, stats: Tensor, *options) -> Tensor:
     return sums
 
 
-def _row_loss(logits, target, weight, options, *, scale=None, stats=None, gradient=None) -> Tensor:
+def _launch_row_loss(logits, target, weight, options, *, scale=None, stats=None, gradient=None) -> Tensor:
     losses = new_numbers(logits, NUM_LOSSES)
     launch(
         row_loss_kernel,
@@ -56,7 +56,7 @@ def _row_loss(logits, target, weight, options, *, scale=None, stats=None, gradie
 def row_loss(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> tuple[Tensor, Tensor]:
     """The losses of each row, (4, N), and its statistics, (7, N), from which row_gradient goes on."""
     stats = new_numbers(logits, NUM_STATS)
-    return _row_loss(logits, target, weight, options, stats=stats), stats
+    return _launch_row_loss(logits, target, weight, options, stats=stats), stats
 
 
 @primitive("triton")
@@ -65,10 +65,10 @@ def row_loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The losses of each row, (4, N), and the gradient of scale * loss, (N, K), from one read of the logits."""
     gradient = new_gradient(logits)
-    return _row_loss(logits, target, weight, options, scale=scale, gradient=gradient), gradient
+    return _launch_row_loss(logits, target, weight, options, scale=scale, gradient=gradient), gradient
 
 
-def _fill_gradient(gradient, logits, target, weight, stats, scale, options) -> None:
+def _launch_row_gradient(gradient, logits, target, weight, stats, scale, options) -> None:
     launch(
         row_gradient_kernel,
         logits,
@@ -88,7 +88,7 @@ def row_gradient(
 ) -> Tensor:
     """The gradient of scale * loss, (N, K) in the dtype of the logits."""
     gradient = new_gradient(logits)
-    _fill_gradient(gradient, logits, target, weight, stats, scale, options)
+    _launch_row_gradient(gradient, logits, target, weight, stats, scale, options)
     return gradient
 
 
@@ -97,14 +97,14 @@ def row_gradient(
 
 def row_loss_and_gradient_(logits, target, weight, scale, *options) -> tuple[Tensor, Tensor]:
     """:func:`row_loss_and_gradient` with the gradient written over the logits."""
-    losses = _row_loss(logits, target, weight, options, scale=scale, gradient=logits)
+    losses = _launch_row_loss(logits, target, weight, options, scale=scale, gradient=logits)
     torch.autograd.graph.increment_version(logits)
     return losses, logits.detach()
 
 
 def row_gradient_(logits, target, weight, stats, scale, *options) -> Tensor:
     """:func:`row_gradient` written over the logits."""
-    _fill_gradient(logits, logits, target, weight, stats, scale, options)
+    _launch_row_gradient(logits, logits, target, weight, stats, scale, options)
     torch.autograd.graph.increment_version(logits)
     return logits.detach()
 
@@ -155,15 +155,15 @@ def inverse_count(target: Tensor, weight: Tensor | None, num_classes: int, ignor
     return factor
 
 
-def scaled_sum(numbers: Tensor, factor: Tensor) -> Tensor:
+def scaled_sum(losses: Tensor, factor: Tensor) -> Tensor:
     """``numbers.sum() * factor``, (), in one launch; for up to FEW_ROWS."""
     total = torch.empty_like(factor)
-    with on_device(numbers.device):
+    with on_device(losses.device):
         scaled_sum_kernel[(1,)](
-            numbers_ptr=numbers,
+            losses_ptr=losses,
             factor_ptr=factor,
             sum_ptr=total,
-            num_rows=numbers.shape[0],
+            num_rows=losses.shape[0],
             BLOCK=1024,
             num_warps=4,
             enable_fp_fusion=True,

@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
     all_classes: Any = None  # and how many there are in all shards
 
 
-class Options(NamedTuple):
+class Scalars(NamedTuple):
     """The scalar options: numbers, or pointers to where on the GPU they lie (formulas.py: `value_of`).
 
     What is None takes no part in the compiled code; no value is compiled in.
@@ -80,22 +80,22 @@ class Variant(NamedTuple):
 
 
 @triton.jit
-def shares(inputs, opts, V: tl.constexpr):
+def shares(inputs, scalars, VARIANT: tl.constexpr):
     """What label smoothing gives to every class, ε/K, and what it leaves to the target, 1 - ε."""
-    if opts.label_smoothing is None:
+    if scalars.label_smoothing is None:
         return 0.0, 1.0
     elif inputs.all_classes is None:
-        label_smoothing = value_of(opts.label_smoothing)
-        return label_smoothing / (inputs.num_classes * V.ALIGN), 1.0 - label_smoothing
+        label_smoothing = value_of(scalars.label_smoothing)
+        return label_smoothing / (inputs.num_classes * VARIANT.ALIGN), 1.0 - label_smoothing
     else:
-        label_smoothing = value_of(opts.label_smoothing)
+        label_smoothing = value_of(scalars.label_smoothing)
         return label_smoothing / inputs.all_classes, 1.0 - label_smoothing
 
 
 @triton.jit
-def zeros(V: tl.constexpr):
+def zeros(VARIANT: tl.constexpr):
     """What belongs to the rows."""
-    ROWS: tl.constexpr = V.ROWS
+    ROWS: tl.constexpr = VARIANT.ROWS
     if ROWS == 1:
         return tl.cast(0.0, tl.float32)
     else:
@@ -121,16 +121,16 @@ def load_if_counted(pointers, counted):
 
 
 @triton.jit
-def lse_with_targets(inputs, opts, lse, targets, V: tl.constexpr):
+def lse_with_targets(inputs, scalars, lse, targets, VARIANT: tl.constexpr):
     """m, s and the sums with y of whole rows, from those over the tiles."""
     m, exp_sum, y_sum, yz_sum, omega = lse
-    if V.PROBABILITIES:
+    if VARIANT.PROBABILITIES:
         if inputs.weight_ptr is None:
-            omega = zeros(V) + 1.0
+            omega = zeros(VARIANT) + 1.0
         return m, exp_sum, y_sum, yz_sum, omega
     else:
         g, z_g, w_g = targets
-        _, at_target = shares(inputs, opts, V)
+        _, at_target = shares(inputs, scalars, VARIANT)
         wy_g = at_target * w_g
         d_g = z_g - finite_maximum(m)
         if inputs.all_classes is not None:
@@ -139,18 +139,18 @@ def lse_with_targets(inputs, opts, lse, targets, V: tl.constexpr):
 
 
 @triton.jit
-def _c(opts, PTX: tl.constexpr):
+def _c(scalars, PTX: tl.constexpr):
     """c, and log2 c as a whole number and the rest."""
-    if opts.log2_c_whole is None:
-        c = value_of(opts.c)
+    if scalars.log2_c_whole is None:
+        c = value_of(scalars.c)
         whole, rest = log2_parts(c, PTX)
         return c, whole, rest
     else:
-        return opts.c, opts.log2_c_whole, opts.log2_c_rest
+        return scalars.c, scalars.log2_c_whole, scalars.log2_c_rest
 
 
 @triton.jit
-def numbers_of(opts, reference, exp_sum, counted, PTX: tl.constexpr):
+def constants_of(scalars, reference, exp_sum, counted, PTX: tl.constexpr):
     """What tiles need of a row (formulas.py: its `numbers`), the sum of exponentials, and its logarithm.
 
     The sum of a row of nothing but -inf is 0: it becomes NaN, and that of a row which is not read 1.
@@ -158,7 +158,7 @@ def numbers_of(opts, reference, exp_sum, counted, PTX: tl.constexpr):
     factor, product, lost = reference
     exp_sum = if_counted(counted, tl.where(exp_sum == 0.0, float("nan"), exp_sum), 1.0)
     whole, rest = log2_parts(exp_sum, PTX)
-    c, c_whole, c_rest = _c(opts, PTX)
+    c, c_whole, c_rest = _c(scalars, PTX)
     # log2(s c) is rounded to `off`, and s c to what `off` is the logarithm of: p / c is the same number wherever it
     # stands. All it costs is that c is not quite the c that was asked for, by up to 6e-7 of it.
     off = (whole + c_whole) + (rest + c_rest)
@@ -178,42 +178,42 @@ def stats_of(lse, reference):
 
 
 @triton.jit
-def sums_with_targets(inputs, opts, h_sum, u_sum, targets, numbers, V: tl.constexpr):
+def sums_with_targets(inputs, scalars, h_sum, u_sum, targets, constants, VARIANT: tl.constexpr):
     """Σ (1 - y) h and Σ (1 - y) u, from the sums over the tiles."""
-    if V.PROBABILITIES:
+    if VARIANT.PROBABILITIES:
         return h_sum * LN_2, u_sum * LN_2
     else:
         _, z_g, _ = targets
-        h_g, u_g = coin_h_and_u(z_g, numbers, V.PTX)
-        share, at_target = shares(inputs, opts, V)
+        h_g, u_g = coin_h_and_u(z_g, constants, VARIANT.PTX)
+        share, at_target = shares(inputs, scalars, VARIANT)
         h_sum = less_product((1.0 - share) * h_sum, at_target, h_g)
         u_sum = less_product((1.0 - share) * u_sum, at_target, u_g)
         return h_sum * LN_2, u_sum * LN_2
 
 
 @triton.jit
-def losses_of(opts, lse, h_sum, log_sum, counted, V: tl.constexpr):
+def losses_of(scalars, lse, h_sum, log_sum, counted, VARIANT: tl.constexpr):
     """The loss, H, S and α lse²."""
     m, _, y_sum, yz_sum, omega = lse
     cross_entropy = if_counted(counted, fma(y_sum, log_sum, -yz_sum), 0.0)
     regularizer = if_counted(counted, omega * h_sum, 0.0)
-    z_penalty = zeros(V)
-    if opts.z_loss is not None:
-        z_penalty = if_counted(counted, value_of(opts.z_loss) * omega * (m + log_sum) * (m + log_sum), 0.0)
-    loss = less_product(cross_entropy, value_of(opts.reg_weight), regularizer) + z_penalty
+    z_penalty = zeros(VARIANT)
+    if scalars.z_loss is not None:
+        z_penalty = if_counted(counted, value_of(scalars.z_loss) * omega * (m + log_sum) * (m + log_sum), 0.0)
+    loss = less_product(cross_entropy, value_of(scalars.reg_weight), regularizer) + z_penalty
     return loss, cross_entropy, regularizer, z_penalty
 
 
 @triton.jit
 def coefficients_of(
-    inputs, opts, scale_ptr, scale_stride, rows, counted, lse, exp_sum, log_sum, u_sum, PTX: tl.constexpr
+    inputs, scalars, scale_ptr, scale_stride, row, counted, lse, exp_sum, log_sum, u_sum, PTX: tl.constexpr
 ):  # fmt: skip
     """coef_p / s, the factor of u in bits, and that of w y."""
     m, _, y_sum, _, omega = lse
-    scale = load_if_counted(scale_ptr + rows * scale_stride, counted)
-    of_u = omega * value_of(opts.reg_weight)
+    scale = load_if_counted(scale_ptr + row * scale_stride, counted)
+    of_u = omega * value_of(scalars.reg_weight)
     of_p = less_product(y_sum, of_u, u_sum)
-    if opts.z_loss is not None:
-        of_p += omega * (2.0 * value_of(opts.z_loss) * (m + log_sum))
+    if scalars.z_loss is not None:
+        of_p += omega * (2.0 * value_of(scalars.z_loss) * (m + log_sum))
     coef_e = if_counted(counted, scale * of_p * reciprocal(exp_sum, PTX), 0.0)
     return coef_e, if_counted(counted, scale * of_u * LN_2, 0.0), -scale
