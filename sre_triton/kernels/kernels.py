@@ -1,16 +1,20 @@
 """The Triton kernels: programs that walk over the classes of their rows.
 
 Where a row fits into registers it is read once, as a few tiles, and everything from its maximum to its gradient is
-computed there (RESIDENT). A longer row is walked in steps of a few tiles, three times: for the sum of exponentials, for
-S and U, for the gradient; the second and third reads are for the cache to serve. The three walks are kernels of their
-own as well. A program may be a cluster of thread blocks, which hold the tiles of a row together: the code is the same.
+computed there (RESIDENT). A longer row is read three times, in steps of a few tiles: for the sum of exponentials, for S
+and U, and for the gradient. The second and the third read should come from the cache. The three walks are kernels of
+their own as well. A cluster of thread blocks may be one program, and hold the tiles of a row together: the code is the
+same (plan.py has a picture).
 
-The gradient at the target is computed from the row's numbers, and written over what its tile left there. The thread
-that wrote the tile does it, so that no barrier is needed: a cluster has none but those of its reductions, and programs
-that go from row to row while the next row is on its way cannot afford one.
+The gradient at the target is computed from the row's values, and written over the gradient that its tile left there.
+The thread that wrote the tile writes it, so no barrier is needed. A cluster has no barriers but those of its
+reductions. A program that goes from row to row while the next row is on its way cannot afford one.
 
-Ignored rows are not read. Where rows of few classes share a program, they are under a mask of nothing, and their
-numbers come out as 0 whatever the memory holds.
+Ignored rows are not read. Where several rows share a program, a mask excludes the ignored ones, and their results are 0
+whatever the memory holds.
+
+`row` is a row index, int64: a scalar, or (ROWS,) where several rows share a program. `inside` says which of these rows
+exist, `counted` which exist and are not ignored; None where all do. rows.py and memory.py explain the tuples.
 """
 
 import triton
@@ -42,12 +46,10 @@ from .rows import (
 )
 from .walks import (
     lse_of_tiles,
-    store_gradient_of_rest,
-    store_gradient_of_tiles,
+    store_gradient,
     store_no_gradient,
     sums_of_row,
     sums_of_tiles,
-    walk_gradient,
     walk_lse,
     walk_sums,
 )
@@ -58,6 +60,7 @@ def _loss_of_counted_rows(
     inputs, scalars, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, row, counted,
     target, tiles, VARIANT: tl.constexpr,
 ):  # fmt: skip
+    """Write the losses, and if asked for the statistics and the gradient, of rows that are read."""
     targets = at_targets(inputs, scalars, row, target, counted, VARIANT)
     window = window_of(inputs, row, VARIANT)
     edge = load_edge(inputs, scalars, row, window, VARIANT)
@@ -83,17 +86,8 @@ def _loss_of_counted_rows(
         coefficients = coefficients_of(
             inputs, scalars, scale_ptr, scale_stride, row, counted, lse, exp_sum, log_sum, u_sum, VARIANT.PTX
         )
-        if VARIANT.RESIDENT:
-            store_gradient_of_tiles(
-                inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, 0, tiles, constants, coefficients,
-                VARIANT.FULL, VARIANT,
-            )  # fmt: skip
-        else:
-            walk_gradient(
-                inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, constants, coefficients, VARIANT
-            )
-        store_gradient_of_rest(
-            inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, edge, targets, constants,
+        store_gradient(
+            inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, edge, tiles, targets, constants,
             coefficients, VARIANT,
         )  # fmt: skip
 
@@ -103,6 +97,10 @@ def _loss_of_rows(
     inputs, scalars, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, row, inside, tiles,
     VARIANT: tl.constexpr,
 ):  # fmt: skip
+    """Write the losses, and if asked for the statistics and the gradient, of a program's rows; 0 for ignored rows.
+
+    `tiles` are the row's tiles if they are loaded already, else None.
+    """
     target, counted = counted_targets(inputs, scalars, row, inside, VARIANT)
     if any_counted(counted, VARIANT):
         _loss_of_counted_rows(
@@ -123,7 +121,14 @@ def row_loss_kernel(
     inputs, scalars, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, num_programs,
     VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """row_loss with stats_ptr, row_loss_and_gradient with gradient_ptr."""
+    """Write the losses of all rows, (4, N), and their statistics, (7, N), or their gradient, (N, K).
+
+    With stats_ptr this is `row_loss`, with gradient_ptr `row_loss_and_gradient`. `scale_ptr` points to scale,
+    (N,): the factor of each row's loss in the result that is differentiated, 1/N for a mean over N rows. It is in the
+    gradient before the gradient is rounded. `scale_stride` is 0 where all rows have the same scale.
+
+    With STAGES a program goes from row to row, every num_programs-th one, and the next row is on its way meanwhile.
+    """
     if VARIANT.STAGES == 0:
         row = program_row(VARIANT)
         inside = None if VARIANT.ROWS == 1 else row < inputs.num_rows
@@ -134,7 +139,8 @@ def row_loss_kernel(
     else:
         for row_int32 in tl.range(tl.program_id(0), inputs.num_rows, num_programs, num_stages=VARIANT.STAGES):
             row = tl.cast(row_int32, tl.int64)
-            # Of ignored rows as well: which they are is not known when this is read, while the row before is computed.
+            # Ignored rows are loaded too: the load is under way while the row before is computed, and at this time the
+            # target is not known.
             tiles = load_tiles(inputs, scalars, row, None, window_of(inputs, row, VARIANT), 0, VARIANT.FULL, VARIANT)
             _loss_of_rows(
                 inputs, scalars, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, row,
@@ -144,7 +150,7 @@ def row_loss_kernel(
 
 @triton.jit
 def row_lse_kernel(inputs, scalars, stats_ptr, VARIANT: tl.constexpr):
-    """The first five statistics."""
+    """Write the first five statistics of all rows, (5, N)."""
     row = program_row(VARIANT)
     inside = None if VARIANT.ROWS == 1 else row < inputs.num_rows
     target, counted = counted_targets(inputs, scalars, row, inside, VARIANT)
@@ -163,6 +169,11 @@ def row_lse_kernel(inputs, scalars, stats_ptr, VARIANT: tl.constexpr):
 
 @triton.jit
 def _constants_from_stats(inputs, scalars, stats_ptr, row, inside, counted, VARIANT: tl.constexpr):
+    """(m, constants, s, log s) of each row, from its statistics in memory.
+
+    There s is Σ exp(z - m): it is multiplied by 2^lost, because the tiles' d have the rounding of the reference in
+    them.
+    """
     m, exp_sum = load_per_row(stats_ptr, inputs, row, 0, inside), load_per_row(stats_ptr, inputs, row, 1, inside)
     reference = reference_of(m, VARIANT.PTX)
     exp_sum *= exp2_near_0(reference[2])
@@ -172,7 +183,7 @@ def _constants_from_stats(inputs, scalars, stats_ptr, row, inside, counted, VARI
 
 @triton.jit
 def row_sums_kernel(inputs, scalars, stats_ptr, sums_ptr, VARIANT: tl.constexpr):
-    """The last two statistics."""
+    """Write the last two statistics of all rows, (2, N), from the first five."""
     row = program_row(VARIANT)
     inside = None if VARIANT.ROWS == 1 else row < inputs.num_rows
     target, counted = counted_targets(inputs, scalars, row, inside, VARIANT)
@@ -193,7 +204,12 @@ def row_sums_kernel(inputs, scalars, stats_ptr, sums_ptr, VARIANT: tl.constexpr)
 def row_gradient_kernel(
     inputs, scalars, stats_ptr, scale_ptr, scale_stride, gradient_ptr, gradient_stride, VARIANT: tl.constexpr
 ):  # fmt: skip
-    """The gradient of scale * loss."""
+    """Write the gradient of all rows, (N, K), from the logits and the statistics, (7, N).
+
+    `scale_ptr` points to scale, (N,): the factor of each row's loss in the result that is differentiated, 1/N for a
+    mean over N rows. It is in the gradient before the gradient is rounded. `scale_stride` is 0 where all rows have the
+    same scale.
+    """
     row = program_row(VARIANT)
     inside = None if VARIANT.ROWS == 1 else row < inputs.num_rows
     target, counted = counted_targets(inputs, scalars, row, inside, VARIANT)
@@ -209,11 +225,8 @@ def row_gradient_kernel(
         )
         window = window_of(inputs, row, VARIANT)
         edge = load_edge(inputs, scalars, row, window, VARIANT)
-        walk_gradient(
-            inputs, scalars, gradient_ptr, gradient_stride, row, masked, window, constants, coefficients, VARIANT
-        )
-        store_gradient_of_rest(
-            inputs, scalars, gradient_ptr, gradient_stride, row, masked, window, edge, targets, constants,
+        store_gradient(
+            inputs, scalars, gradient_ptr, gradient_stride, row, masked, window, edge, None, targets, constants,
             coefficients, VARIANT,
         )  # fmt: skip
     else:

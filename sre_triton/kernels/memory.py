@@ -1,8 +1,30 @@
 """Where the classes of a row lie in memory, and how tiles of them come into registers.
 
-Rows that do not begin at multiples of 16 bytes are read in a window that does, and the few classes before and after
-it, the edges, as a tile of their own (WINDOW). A *place* is of a tile: its elements, counted from the pointer to the
-logits, its classes, which of them there are, and which of those are to be read.
+One instruction reads 16 bytes, VECTOR elements, only where they begin at a multiple of 16 bytes. With an odd K most
+rows begin elsewhere. Such a row is read as a *window*, which begins and ends at multiples, and an *edge*, the few
+classes before and after the window (WINDOW). The second row of bf16 logits with K = 21, a letter for each element (rows
+as short as these share a program, and have no window; from K = 129 on it is the same):
+
+    element    16      24      32      40      48
+               |       |       |       |       |
+    row 0      00000
+    row 1           bbbwwwwwwwwwwwwwwwwaa
+    row 2                                222222...
+
+    begin = 21: the row's first element
+    first = 24: the first element of the window
+    head = 3: the class at the beginning of the window; the classes 0, 1, 2 before it are b
+    length = 16: the classes in the window, 3 to 18; the classes 19 and 20 after it are a
+
+The tiles of the row lie in the window. The edge is a small tile of its own, with b and a in it.
+
+The tuples that the functions here pass on:
+
+    window    (first, head, length)
+    place     of a tile: (its elements, counted from the pointer to the logits; its classes; which of the classes exist;
+              which of the classes are to be read)
+    tiles     (z, y, w y, w y before smoothing), each a tuple of TILES tiles
+    edge      (z, y, w y, w y before smoothing), each one tile
 """
 
 import triton
@@ -15,7 +37,7 @@ from .rows import load_if_counted, shares
 
 @triton.jit
 def program_row(VARIANT: tl.constexpr):
-    """The program's row, or its rows."""
+    """The program's row, an int64 scalar, or its rows, (ROWS,) in int64: a row times a stride may pass 2^31."""
     program = tl.program_id(0).to(tl.int64)
     if VARIANT.ROWS == 1:
         return program
@@ -25,7 +47,10 @@ def program_row(VARIANT: tl.constexpr):
 
 @triton.jit
 def counted_targets(inputs, scalars, row, inside, VARIANT: tl.constexpr):
-    """The targets, if they are class indices, and which of the rows are there and not ignored."""
+    """(target, counted) of each row. A row counts if it exists and is not ignored; other rows are not read.
+
+    `inside` says which rows exist, None if all of them. With probabilities there is no target: the row takes its place.
+    """
     if VARIANT.PROBABILITIES:
         return row, row < inputs.num_rows
     else:
@@ -38,7 +63,10 @@ def counted_targets(inputs, scalars, row, inside, VARIANT: tl.constexpr):
 
 @triton.jit
 def any_counted(counted, VARIANT: tl.constexpr):
-    """Whether a program has anything to read: a program of one row, one that is counted; else it is masked."""
+    """Whether the program has anything to read. It is False only for a program whose single row does not count.
+
+    A program of several rows goes on, under a mask. With probabilities every row counts.
+    """
     if VARIANT.ROWS == 1 and not VARIANT.PROBABILITIES:
         return counted
     else:
@@ -47,9 +75,11 @@ def any_counted(counted, VARIANT: tl.constexpr):
 
 @triton.jit
 def at_targets(inputs, scalars, row, target, counted, VARIANT: tl.constexpr):
-    """Of class indices: the target, or 0 if it is out of range, and there z and w (NaN if out of range).
+    """(g, z_g, w_g) of each row: the target's column among these logits, its logit, and its class weight.
 
-    Of targets in another shard: -1, -inf and 0.
+    The loss needs them, and the gradient at the target. An out-of-range target has g = 0 and w_g = NaN, so the row's
+    loss and gradient are NaN. A target in another shard has g = -1, z_g = -inf and w_g = 0. With probabilities nobody
+    reads the three.
     """
     if VARIANT.PROBABILITIES:
         return row, 0.0, 1.0
@@ -65,14 +95,18 @@ def at_targets(inputs, scalars, row, target, counted, VARIANT: tl.constexpr):
             elsewhere = (target.to(tl.uint64) < inputs.all_classes) & (here == 0)
             g, z_g, w_g = tl.where(elsewhere, -1, g), tl.where(elsewhere, -INF, z_g), tl.where(elsewhere, 0.0, w_g)
         if VARIANT.STAGES == 0:
-            # Where the gradient takes the place of the logits, other threads are about to write where z_g was read.
+            # The gradient may take the place of the logits: then another thread is about to write where z_g was read.
             tl.debug_barrier()
         return g, z_g, w_g
 
 
 @triton.jit
 def last_step(inputs, VARIANT: tl.constexpr):
-    """Where the last step of a walk begins; before it there are only full tiles."""
+    """The element of the window at which the last step of a walk begins, a multiple of TILES x BLOCK_K.
+
+    All steps before it have full tiles in every row, and need no mask. With K = 5000, no window, and steps of 2048 it
+    is 4096.
+    """
     shortest = inputs.num_classes * VARIANT.ALIGN
     if VARIANT.WINDOW:
         shortest -= 2 * (VARIANT.VECTOR - 1)
@@ -84,14 +118,17 @@ def last_step(inputs, VARIANT: tl.constexpr):
 
 @triton.jit
 def window_of(inputs, row, VARIANT: tl.constexpr):
-    """Where the tiles of a row begin, in elements from the pointer, the class there, and the number of classes."""
+    """(first, head, length) of each row: see the picture above. Without WINDOW they are (begin, 0, K).
+
+    first is an element counted from the pointer to the logits, head the class there, length the number of classes.
+    """
     begin = row * inputs.logits_stride * VARIANT.ALIGN
     K = inputs.num_classes * VARIANT.ALIGN
     if VARIANT.WINDOW:
         first = (begin + (VARIANT.VECTOR - 1)) // VARIANT.VECTOR * VARIANT.VECTOR
         length = ((begin + K) // VARIANT.VECTOR * VARIANT.VECTOR - first).to(tl.int32)
         if not VARIANT.RESIDENT:
-            # Some rows have a vector more than the last step of a walk; it goes with the edge.
+            # The window of some rows is one vector longer than the steps of a walk: this vector goes with the edge.
             length = tl.minimum(length, last_step(inputs, VARIANT) + VARIANT.TILES * VARIANT.BLOCK_K)
         return first, (first - begin).to(tl.int32), length
     else:
@@ -100,7 +137,7 @@ def window_of(inputs, row, VARIANT: tl.constexpr):
 
 @triton.jit
 def full_tile(WIDTH: tl.constexpr, value: tl.constexpr, VARIANT: tl.constexpr):
-    """A tile of the rows full of one value."""
+    """A tile full of one value: (WIDTH,), or (ROWS, WIDTH) where the program has several rows."""
     if VARIANT.ROWS == 1:
         return tl.full((WIDTH,), value, tl.float32)
     else:
@@ -109,7 +146,13 @@ def full_tile(WIDTH: tl.constexpr, value: tl.constexpr, VARIANT: tl.constexpr):
 
 @triton.jit
 def place_of_tile(inputs, row, counted, window, start, VARIANT: tl.constexpr):
-    """Of the tile that begins ``start`` into the window."""
+    """The place of the tile that begins `start` classes into the window: four tensors of the tile's shape.
+
+    Loads and stores need its elements, its classes and two masks: which classes exist, and which are to be read. The
+    masks differ only for a program of several rows: the classes of an ignored row exist, and get a gradient of 0, but
+    are not read. Example, row 1 of the picture with BLOCK_K = 256 and start = 0: element 24 + i, class 3 + i, and both
+    masks i < 16.
+    """
     first, head, length = window
     cols = start + tl.arange(0, VARIANT.BLOCK_K)
     if VARIANT.ROWS > 1:
@@ -122,10 +165,18 @@ def place_of_tile(inputs, row, counted, window, start, VARIANT: tl.constexpr):
 
 @triton.jit
 def place_of_edge(inputs, row, window, VARIANT: tl.constexpr):
-    """The same of the edges: a tile of one class per group, those before the window and those behind it."""
+    """The place of the edge: four tensors, (BLOCK_K / 8,).
+
+    The edge has one class where the tiles have a group of eight, so the edge is added to the sums of the groups as it
+    is. The first VECTOR elements go backwards from the window, the others backwards from the row's end. Row 1 of the
+    picture:
+
+        element of the edge    0  1  2  3  4  5  6  7  8  9 10 ...
+        class                  2  1  0  .  .  .  .  . 20 19  . ...
+    """
     _, head, length = window
     i = tl.arange(0, VARIANT.BLOCK_K // 8)
-    # Backwards, or Triton would see neighbours, and give all of them to a few threads.
+    # Backwards, as Triton would see that forwards they are neighbours, and give all of them to a few threads.
     before, behind = head - 1 - i, inputs.num_classes * VARIANT.ALIGN - 1 - (i - VARIANT.VECTOR)
     classes = tl.where(i < VARIANT.VECTOR, before, behind)
     mask = tl.where(i < VARIANT.VECTOR, before >= 0, behind >= head + length)
@@ -134,9 +185,10 @@ def place_of_edge(inputs, row, window, VARIANT: tl.constexpr):
 
 @triton.jit
 def _load(inputs, scalars, row, place, MASKED: tl.constexpr, VARIANT: tl.constexpr):
-    """z, and if HAS_Y y, w y, and w y before smoothing; -inf and 0 where there is nothing or the row is not counted.
+    """(z, y, w y, w y before smoothing) at a place, each of the tile's shape.
 
-    If SMOOTHED, 1 takes the place of y.
+    Outside the mask z is -inf, and the others are 0. With SMOOTHED, y is the same for all classes: the last three are 1
+    where the class exists. Without HAS_Y and SMOOTHED nobody reads the last three.
     """
     offsets, classes, _, mask = place
     if not MASKED:
@@ -170,14 +222,18 @@ def _load(inputs, scalars, row, place, MASKED: tl.constexpr, VARIANT: tl.constex
             there = tl.where(mask, there, 0.0)
         return z, there, there, there
     else:
-        return z, z, z, z  # the last three for nobody
+        return z, z, z, z  # nobody reads the last three
 
 
 @triton.jit
 def load_tiles(inputs, scalars, row, counted, window, start, FULL: tl.constexpr, VARIANT: tl.constexpr):
-    """The four of `_load`, each of TILES tiles, the first FULL of which end before the row does."""
+    """(z, y, w y, w y before smoothing), each a tuple of TILES tiles, from `start` in the window on.
+
+    A whole row, or a step of a walk, comes into registers this way. The first FULL tiles end before the row does in
+    every row, so they need no mask. With K = 5000, BLOCK_K = 2048 and TILES = 3, FULL is 2.
+    """
     z, y, wy, given = (), (), (), ()
-    TILES: tl.constexpr = VARIANT.TILES  # or Triton 3.6 takes it for a number of the running program
+    TILES: tl.constexpr = VARIANT.TILES  # without the annotation Triton 3.6 takes it for a value of the running program
     for i in tl.static_range(TILES):
         place = place_of_tile(inputs, row, counted, window, start + i * VARIANT.BLOCK_K, VARIANT)
         z_i, y_i, wy_i, given_i = _load(inputs, scalars, row, place, VARIANT.ROWS > 1 or i >= FULL, VARIANT)
@@ -187,26 +243,29 @@ def load_tiles(inputs, scalars, row, counted, window, start, FULL: tl.constexpr,
 
 @triton.jit
 def load_edge(inputs, scalars, row, window, VARIANT: tl.constexpr):
-    """The four of `_load`, of one tile."""
+    """(z, y, w y, w y before smoothing) of the edge, each (BLOCK_K / 8,). Without WINDOW nobody reads the four."""
     if VARIANT.WINDOW:
         return _load(inputs, scalars, row, place_of_edge(inputs, row, window, VARIANT), True, VARIANT)
     else:
-        return row, row, row, row  # for nobody
+        return row, row, row, row  # nobody reads them
 
 
 @triton.jit
-def store_per_row(ptr, inputs, row, constants, FIRST: tl.constexpr, VARIANT: tl.constexpr):
-    """Numbers of the rows into a matrix (count, N), from its row FIRST on."""
+def store_per_row(ptr, inputs, row, values, FIRST: tl.constexpr, VARIANT: tl.constexpr):
+    """Write a tuple of values of the row to the rows FIRST, FIRST + 1, ... of a matrix (count, N).
+
+    The losses are such a matrix, (4, N), and the statistics, (7, N): a column is a row of logits.
+    """
     N = tl.cast(inputs.num_rows, tl.int64)
-    for i in tl.static_range(len(constants)):
+    for i in tl.static_range(len(values)):
         if VARIANT.ROWS == 1:
-            tl.store(ptr + (FIRST + i) * N + row, constants[i])
+            tl.store(ptr + (FIRST + i) * N + row, values[i])
         else:
-            tl.store(ptr + (FIRST + i) * N + row, constants[i], mask=row < N)
+            tl.store(ptr + (FIRST + i) * N + row, values[i], mask=row < N)
 
 
 @triton.jit
 def load_per_row(ptr, inputs, row, i, inside):
-    """The numbers in row i of such a matrix."""
+    """The value of each row in row i of a matrix (count, N), as `store_per_row` wrote it; 0 outside `inside`."""
     N = tl.cast(inputs.num_rows, tl.int64)
     return load_if_counted(ptr + i * N + row, inside)

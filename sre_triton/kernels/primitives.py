@@ -11,11 +11,12 @@ from .kernels import row_gradient_kernel, row_loss_kernel, row_lse_kernel, row_s
 from .launch import launch, on_device
 from .small import inverse_count_kernel, scale_gradient_kernel, scaled_sum_kernel
 
-# One program reads the numbers of so many rows in a few microseconds; PyTorch's two launches take as long.
+# The most rows for one program: it reads their losses in a few microseconds, as long as PyTorch's two launches take.
 FEW_ROWS = 65536
 # Programs that multiply a stored gradient: enough for the bandwidth of a GPU, and few to start and end if there is
 # nothing to do.
 SCALING_PROGRAMS = 1024
+# Elements of their tiles: 16 for each thread of four warps.
 SCALING_TILE = 2048
 
 
@@ -36,6 +37,7 @@ def row_sums(logits: Tensor, target: Tensor, stats: Tensor, *options) -> Tensor:
 
 
 def _launch_row_loss(logits, target, weight, options, *, scale=None, stats=None, gradient=None) -> Tensor:
+    """The losses of each row, (4, N), from one launch; it fills the statistics and the gradient that are given."""
     losses = new_numbers(logits, NUM_LOSSES)
     launch(
         row_loss_kernel,
@@ -69,6 +71,7 @@ def row_loss_and_gradient(
 
 
 def _launch_row_gradient(gradient, logits, target, weight, stats, scale, options) -> None:
+    """Fill the gradient, (N, K), from the statistics, (7, N), by one launch."""
     launch(
         row_gradient_kernel,
         logits,
@@ -92,7 +95,7 @@ def row_gradient(
     return gradient
 
 
-# Eager code only. Kernels write behind autograd's back, so its version counter is moved by hand.
+# For eager code only. Autograd does not see what a kernel writes, so its version counter is moved by hand.
 
 
 def row_loss_and_gradient_(logits, target, weight, scale, *options) -> tuple[Tensor, Tensor]:
@@ -110,7 +113,10 @@ def row_gradient_(logits, target, weight, stats, scale, *options) -> Tensor:
 
 
 def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Multiply the stored gradient (N, K) by the upstream one, () or (N,); a factor of 1 is seen on the GPU."""
+    """Multiply the stored gradient (N, K) by the upstream one, () or (N,), in place, and return it.
+
+    The kernel sees on the GPU whether a factor is 1, and has nothing to do then.
+    """
     num_rows, num_classes = gradient.shape
     if num_rows == 0 or gradient.is_meta:
         return gradient
@@ -138,7 +144,7 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 def inverse_count(target: Tensor, weight: Tensor | None, num_classes: int, ignore_index: int) -> Tensor:
-    """What the loss of class indices is multiplied by for its mean, (), in one launch; for up to FEW_ROWS."""
+    """The factor, (), that makes a mean of the summed loss of class indices, in one launch; for up to FEW_ROWS."""
     factor = target.new_empty((), dtype=torch.float32)
     with on_device(target.device):
         inverse_count_kernel[(1,)](
@@ -156,7 +162,7 @@ def inverse_count(target: Tensor, weight: Tensor | None, num_classes: int, ignor
 
 
 def scaled_sum(losses: Tensor, factor: Tensor) -> Tensor:
-    """``numbers.sum() * factor``, (), in one launch; for up to FEW_ROWS."""
+    """``losses.sum() * factor``, (), in one launch; for up to FEW_ROWS."""
     total = torch.empty_like(factor)
     with on_device(losses.device):
         scaled_sum_kernel[(1,)](

@@ -1,4 +1,9 @@
-"""Walks over the classes of rows, in registers and in memory: sums over tiles, and their gradient."""
+"""Walks over the classes of rows: sums over tiles and their gradient, with the tiles in registers or in memory.
+
+A row that fits into registers is read once (RESIDENT): `lse_of_tiles`, `sums_of_tiles`. A longer row is read in steps
+of a few tiles, once by each walk: `walk_lse`, `walk_sums`, `walk_gradient`. The tuples are explained in rows.py and
+memory.py.
+"""
 
 import triton
 import triton.language as tl
@@ -45,7 +50,11 @@ from .rows import (
 
 @triton.jit
 def sums_of_tiles(tiles, constants, VARIANT: tl.constexpr):
-    """In bits, of the groups: for probabilities of (1 - y) h and (1 - y) u, else of h and u of all classes alike."""
+    """(Σ h, Σ u) in bits for every group of some tiles, of all classes alike.
+
+    With probabilities they are Σ (1 - y) h and Σ (1 - y) u. With class indices the target is subtracted later (rows.py:
+    `sums_with_targets`).
+    """
     z, y, _, _ = tiles
     if VARIANT.PROBABILITIES:
         return weighted_sums_of_h_and_u(z, y, columns(constants, z[0]), VARIANT.ADJACENT, VARIANT.CTAS, VARIANT.PTX)
@@ -55,7 +64,7 @@ def sums_of_tiles(tiles, constants, VARIANT: tl.constexpr):
 
 @triton.jit
 def sums_of_row(h_sum, u_sum, edge, constants, VARIANT: tl.constexpr):
-    """The same of rows, from their groups."""
+    """(Σ h, Σ u) in bits for each row, from those for its groups and from its edge; with 1 - y for probabilities."""
     if VARIANT.WINDOW:
         z, y, _, _ = edge
         h, u = coin_h_and_u(z, columns(constants, z), VARIANT.PTX)
@@ -67,6 +76,7 @@ def sums_of_row(h_sum, u_sum, edge, constants, VARIANT: tl.constexpr):
 
 @triton.jit
 def _gradient_of_tile(inputs, scalars, z, y, wy, constants, coefficients, VARIANT: tl.constexpr):
+    """The gradient at each class of a tile, of the tile's shape, as if there were no target among them."""
     coef_e, coef_u, coef_y = coefficients
     if VARIANT.PROBABILITIES:
         coef_u = column(coef_u, z) * (1.0 - y)
@@ -83,7 +93,11 @@ def _gradient_of_tile(inputs, scalars, z, y, wy, constants, coefficients, VARIAN
 
 @triton.jit
 def _store_gradient(gradient_ptr, gradient_stride, row, place, gradient, mask, VARIANT: tl.constexpr):
-    """``mask`` is None for all of the tile."""
+    """Write the gradient, of a tile's shape, to a place; all of it where `mask` is None.
+
+    A place counts elements of the logits. In a window the gradient has the logits' stride, and the elements are the
+    same.
+    """
     offsets, classes, _, _ = place
     if not VARIANT.WINDOW:
         offsets = column(row * gradient_stride * VARIANT.ALIGN, gradient) + classes
@@ -98,9 +112,12 @@ def store_gradient_of_tiles(
     inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, start, tiles, constants, coefficients,
     FULL: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of tiles that lie in registers; all classes of the first FULL tiles are there."""
+    """Write the gradient of tiles that are in registers, without the target's part.
+
+    The first FULL tiles are full in every row, and need no mask.
+    """
     z, y, wy, _ = tiles
-    TILES: tl.constexpr = VARIANT.TILES  # or Triton 3.6 takes it for a number of the running program
+    TILES: tl.constexpr = VARIANT.TILES  # without the annotation Triton 3.6 takes it for a value of the running program
     for i in tl.static_range(TILES):
         place = place_of_tile(inputs, row, counted, window, start + i * VARIANT.BLOCK_K, VARIANT)
         gradient = _gradient_of_tile(inputs, scalars, z[i], y[i], wy[i], constants, coefficients, VARIANT)
@@ -113,7 +130,18 @@ def store_gradient_of_rest(
     inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, edge, targets, constants, coefficients,
     VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """After the tiles: that of the edges and of the targets."""
+    """Write the gradient of each row's target and edge, after that of its tiles.
+
+    The tiles have written coef_p p + coef_u u at the target as at any other class. Its true gradient is computed from
+    z_g alone, and written over. Which thread does it is the difficulty: a store of one element would be done by the
+    program's first thread, and could come before the tile's. So the whole tile with the target is stored again, under a
+    mask that is true at the target alone. Example: BLOCK_K = 2048 and g = 5000 (no window) store the tile of the
+    classes 4096 to 6143, and the mask leaves class 5000. The thread that has this class in the tile wrote it before,
+    and a thread's own stores keep their order: no barrier is needed.
+
+    The edge is stored afterwards, and a target in the edge is put in before. For a window the mask is false where the
+    target lies outside it.
+    """
     if not VARIANT.PROBABILITIES:
         g, z_g, w_g = targets
         coef_e, coef_u, coef_y = coefficients
@@ -122,8 +150,7 @@ def store_gradient_of_rest(
         gradient_g = gradient_of(
             z_g, w_g * y_g, constants, coef_e, coef_u * (1.0 - y_g), coef_y, scalars.softcap, True, VARIANT.PTX
         )
-        # The whole tile that holds the target is stored once more, under a mask: its elements lie with the same threads
-        # as before, so that the second of two writes is the one that stays.
+        # The tile with the target once more, under a mask: the thread that wrote the class before writes it again.
         if VARIANT.ROWS == 1:
             col = g.to(tl.int32) - window[1]
             place = place_of_tile(inputs, row, counted, window, col // VARIANT.BLOCK_K * VARIANT.BLOCK_K, VARIANT)
@@ -145,7 +172,7 @@ def store_gradient_of_rest(
 
 @triton.jit
 def store_no_gradient(inputs, gradient_ptr, gradient_stride, row, counted, VARIANT: tl.constexpr):
-    """Zeros, of rows that are not counted."""
+    """Write zeros as the gradient of the program's rows, none of which counts."""
     window = window_of(inputs, row, VARIANT)
     for start in range(0, inputs.num_classes * VARIANT.ALIGN, VARIANT.BLOCK_K):
         place = place_of_tile(inputs, row, counted, window, start, VARIANT)
@@ -158,12 +185,15 @@ def store_no_gradient(inputs, gradient_ptr, gradient_stride, row, counted, VARIA
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The walks over the tiles of a row. `edge` is what `load_edge` returns.
+# The walks over the tiles of a row
 
 
 @triton.jit
 def _smoothed(lse, inputs, scalars, VARIANT: tl.constexpr):
-    """The statistics of a row with y, from those with 1 in its place."""
+    """The five values of a row with y = ε/K, from those with 1 in the place of y.
+
+    Σ y over all classes is ε, and Σ y (z - m) is ε/K times Σ (z - m). A shard has its part of ε.
+    """
     m, exp_sum, _, z_sum, _ = lse
     zero = zeros(VARIANT)
     share, _ = shares(inputs, scalars, VARIANT)
@@ -175,7 +205,11 @@ def _smoothed(lse, inputs, scalars, VARIANT: tl.constexpr):
 
 @triton.jit
 def lse_of_tiles(inputs, scalars, tiles, edge, VARIANT: tl.constexpr):
-    """m, s and the sums with y of rows that are held as tiles, and the reference of s."""
+    """((m, s, Σ w y, Σ w y (z - m), ω), reference) of each row, from its tiles and its edge in registers.
+
+    s is relative to the reference (formulas.py: `reference_of`). Without HAS_Y and SMOOTHED the last three are 0: with
+    class indices only the target adds to them.
+    """
     z, _, wy, given = tiles
     edge_z = None
     if VARIANT.WINDOW:
@@ -204,7 +238,10 @@ def lse_of_tiles(inputs, scalars, tiles, edge, VARIANT: tl.constexpr):
 
 @triton.jit
 def walk_lse(inputs, scalars, row, counted, window, edge, VARIANT: tl.constexpr):
-    """What `lse_of_tiles` returns, of rows in memory."""
+    """((m, s, Σ w y, Σ w y (z - m), ω), reference) of each row in memory, as `lse_of_tiles` has them; one read.
+
+    Every group has a maximum and sums of its own until the row ends, so no step waits for other threads.
+    """
     if VARIANT.WINDOW:
         lse = lse_of_edge(edge[0], edge[2], edge[3], VARIANT.HAS_Y or VARIANT.SMOOTHED)
     else:
@@ -229,7 +266,10 @@ def walk_lse(inputs, scalars, row, counted, window, edge, VARIANT: tl.constexpr)
 
 @triton.jit
 def walk_sums(inputs, scalars, row, counted, window, edge, constants, VARIANT: tl.constexpr):
-    """Σ h and Σ u as `sums_of_rows` has them, of rows in memory."""
+    """(Σ h, Σ u) in bits for each row in memory, as `sums_of_row` has them; one read.
+
+    The last step comes first, while the other steps have nothing to wait for: it begins the sums.
+    """
     last = last_step(inputs, VARIANT)
     tiles = load_tiles(inputs, scalars, row, counted, window, last, 0, VARIANT)
     h_sum, u_sum = sums_of_tiles(tiles, constants, VARIANT)
@@ -245,7 +285,7 @@ def walk_sums(inputs, scalars, row, counted, window, edge, constants, VARIANT: t
 def walk_gradient(
     inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, constants, coefficients, VARIANT: tl.constexpr
 ):  # fmt: skip
-    """Write the gradient of rows in memory, a step of tiles at a time."""
+    """Write the gradient of each row in memory, a step of tiles at a time; one read, one write."""
     last = last_step(inputs, VARIANT)
     for start in range(0, last, VARIANT.TILES * VARIANT.BLOCK_K):
         tiles = load_tiles(inputs, scalars, row, counted, window, start, VARIANT.TILES, VARIANT)
@@ -257,4 +297,25 @@ def walk_gradient(
     store_gradient_of_tiles(
         inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, last, tiles, constants, coefficients,
         0, VARIANT,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_gradient(
+    inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, edge, tiles, targets, constants,
+    coefficients, VARIANT: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of each row: that of its tiles, in registers or in memory, then of its target and its edge."""
+    if VARIANT.RESIDENT:
+        store_gradient_of_tiles(
+            inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, 0, tiles, constants, coefficients,
+            VARIANT.FULL, VARIANT,
+        )  # fmt: skip
+    else:
+        walk_gradient(
+            inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, constants, coefficients, VARIANT
+        )
+    store_gradient_of_rest(
+        inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, edge, targets, constants, coefficients,
+        VARIANT,
     )  # fmt: skip
