@@ -18,9 +18,9 @@ are those of this file times log 2.
 
 Shapes. A program with one row has a tile as a vector, (BLOCK_K,), and a value of the row as a scalar. A program with
 several rows has a tile as a matrix, (ROWS, BLOCK_K), and a value of the rows as a vector, (ROWS,); `column` (groups.py)
-makes a column of the vector where it meets the tile. Sums are kept for each group of eight classes of a tile, (BLOCK_K
-/ 8,) or (ROWS, BLOCK_K / 8). One thread has a whole group (groups.py), so no thread waits for another before the row
-ends.
+makes a column of the vector where it meets the tile. Sums are kept for each group of eight classes of a tile, in
+(BLOCK_K / 8,) or (ROWS, BLOCK_K / 8). One thread has a whole group (groups.py), so no thread waits for another before
+the row ends.
 """
 
 import triton
@@ -48,10 +48,10 @@ INF = tl.constexpr(float("inf"))
 # is 0.
 FLOOR = tl.constexpr(-1e4)
 
-# The largest |m| for which d has the factor log2 e. There the product m log2 e may be rounded by 64, and 2^64 is still a
-# float. For a larger |m| the rounding would leave the exponents of float32; a smaller factor than log2 e prevents this.
-# It does no harm: neighbouring floats are more than 64 apart there, so all classes below the largest have p < 2^-90 with
-# it too.
+# The largest |m| for which d has the factor log2 e. There the product m log2 e may be rounded by 64, and 2^64 is still
+# a float. For a larger |m|, 2 to what is lost would leave the range of float32; a smaller factor than log2 e prevents
+# this. It does no harm: neighbouring floats are more than 64 apart there, so all classes below the largest have
+# p < 2^-90 with it too.
 LARGEST = tl.constexpr(2.0**30)
 
 

@@ -123,9 +123,11 @@ def row_loss_kernel(
 ):  # fmt: skip
     """Write the losses of all rows, (4, N), and their statistics, (7, N), or their gradient, (N, K).
 
-    With stats_ptr this is `row_loss`, with gradient_ptr `row_loss_and_gradient`. `scale_ptr` points to scale,
-    (N,): the factor of each row's loss in the result that is differentiated, 1/N for a mean over N rows. It is in the
-    gradient before the gradient is rounded. `scale_stride` is 0 where all rows have the same scale.
+    With stats_ptr this is `row_loss`, with gradient_ptr `row_loss_and_gradient`.
+
+    `scale_ptr` points to scale, (N,): the factor of each row's loss in the result that is differentiated, 1/N for a
+    mean over N rows. The gradient is multiplied by it before it is rounded. `scale_stride` is 0 where all rows have the
+    same scale.
 
     With STAGES a program goes from row to row, every num_programs-th one, and the next row is on its way meanwhile.
     """
@@ -207,7 +209,7 @@ def row_gradient_kernel(
     """Write the gradient of all rows, (N, K), from the logits and the statistics, (7, N).
 
     `scale_ptr` points to scale, (N,): the factor of each row's loss in the result that is differentiated, 1/N for a
-    mean over N rows. It is in the gradient before the gradient is rounded. `scale_stride` is 0 where all rows have the
+    mean over N rows. The gradient is multiplied by it before it is rounded. `scale_stride` is 0 where all rows have the
     same scale.
     """
     row = program_row(VARIANT)

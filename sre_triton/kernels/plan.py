@@ -61,8 +61,8 @@ SMALLEST_TILE = 256
 # A step of a loop: two tiles are what 64 registers hold, with which a thousand threads share a multiprocessor.
 LOOP_TILES = 2
 LOOP_REGISTERS = 64
-# Bytes of a row for each thread of a loop: times 1024 threads times 132 multiprocessors, these are 35 MB of an H100's L2
-# cache of 50 MB.
+# Bytes of a row for each thread of a loop. Times 1024 threads times 132 multiprocessors, these are 35 MB of an H100's
+# L2 cache of 50 MB.
 LOOP_BYTES_PER_THREAD = 256
 # Threads of a program, at most: all that a thread block may have.
 LARGEST_LOOP = 1024

@@ -132,15 +132,15 @@ def store_gradient_of_rest(
 ):  # fmt: skip
     """Write the gradient of each row's target and edge, after that of its tiles.
 
-    The tiles have written coef_p p + coef_u u at the target as at any other class. Its true gradient is computed from
-    z_g alone, and written over. Which thread does it is the difficulty: a store of one element would be done by the
-    program's first thread, and could come before the tile's. So the whole tile with the target is stored again, under a
-    mask that is true at the target alone. Example: BLOCK_K = 2048 and g = 5000 (no window) store the tile of the
-    classes 4096 to 6143, and the mask leaves class 5000. The thread that has this class in the tile wrote it before,
-    and a thread's own stores keep their order: no barrier is needed.
+    The tiles have written a gradient at the target as at any other class. The target's own gradient differs, and is
+    written over it. Only the thread that wrote the class before may do this: its two stores keep their order, where
+    another thread's store could come first. A store of one element would be done by the program's first thread. So the
+    whole tile with the target is stored again, under a mask that is true at the target alone: every thread is asked for
+    the same classes as before, and no barrier is needed. Example: with BLOCK_K = 2048, no window and g = 5000, this is
+    the tile of the classes 4096 to 6143, and the mask is true at class 5000.
 
-    The edge is stored afterwards, and a target in the edge is put in before. For a window the mask is false where the
-    target lies outside it.
+    The edge is stored once. If the target lies there, its gradient is put into the edge before the store, and the mask
+    of the tile is true nowhere.
     """
     if not VARIANT.PROBABILITIES:
         g, z_g, w_g = targets
