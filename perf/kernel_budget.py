@@ -109,14 +109,14 @@ def line(target: str, kernel: str, dtype: str, num_classes: int, options: str = 
     launches = compile_only(target)
     call(kernel, num_classes, getattr(torch, dtype), dict(OPTIONS[options]))
     made = launches[-1]
-    code, metadata, V = Code(made.compiled), made.compiled.metadata, made.keywords.get("V")
+    code, metadata, variant = Code(made.compiled), made.compiled.metadata, made.keywords.get("VARIANT")
     size = getattr(torch, dtype).itemsize
-    if V is None:  # rows of a stored gradient, and as many tiles as a row has
+    if variant is None:  # rows of a stored gradient, and as many tiles as a row has
         rows, block_k, path, stages = made.keywords["ROWS"], made.keywords["BLOCK_K"], "other", 1
         steps, tiles = -(-num_classes // block_k), 1
     else:
-        rows, block_k, stages, tiles = V.ROWS, V.BLOCK_K, V.STAGES, V.TILES
-        resident = V.RESIDENT
+        rows, block_k, stages, tiles = variant.ROWS, variant.BLOCK_K, variant.STAGES, variant.TILES
+        resident = variant.RESIDENT
         steps = 1 if resident else -(-num_classes // (block_k * tiles))
         path = "other"
         if kernel in ("row_loss", "row_loss_and_gradient"):
@@ -128,7 +128,7 @@ def line(target: str, kernel: str, dtype: str, num_classes: int, options: str = 
         """How often a loop runs: those over rows are the outermost, and the last step of a walk is not in its loop."""
         if stages and depth == 0:
             return turns
-        return steps if V is None else max(steps - 1, 0)
+        return steps if variant is None else max(steps - 1, 0)
 
     executed = code.executed(trips)
     warp_size = metadata.target.warp_size
@@ -173,7 +173,7 @@ def line(target: str, kernel: str, dtype: str, num_classes: int, options: str = 
             special=special * rows * block_k * tiles * steps / metadata.num_ctas / 32,
             barriers=barriers * rows,
             cluster_barriers=executed.cluster_barriers / turns,
-            prefetched=bool(V) and stages > 0,
+            prefetched=bool(variant) and stages > 0,
             ctas=ctas,
         )
     return row

@@ -227,7 +227,7 @@ def report(made: Launch, target: str) -> dict:
     widths += [int(size, 16) for size in re.findall(r"cp\.async\..*?(0x\w+)", text)]
     return {
         "kernel": made.name,
-        "variant": made.keywords["V"]._asdict() if "V" in made.keywords else {},
+        "variant": made.keywords["VARIANT"]._asdict() if "VARIANT" in made.keywords else {},
         "warps": metadata.num_warps,
         "ctas": metadata.num_ctas,
         "fusion": metadata.enable_fp_fusion,

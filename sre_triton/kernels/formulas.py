@@ -1,18 +1,26 @@
-"""The mathematics of tiles, classes in registers: each formula once, for all kernels.
+"""The mathematics of the classes of a tile, in registers: each formula once, for all kernels.
 
-Logarithms have the base 2, as the hardware's have: d, t, h and u are those of compiled/formulas.py, divided by log 2.
+For the logit z of one class, in a row whose largest logit is m:
 
-    d = (z - m) log2 e          m the row's maximum; in one multiplication and addition, with m log2 e rounded before
-    e = 2^d                     p = e / s, s the sum of e over the row
-    t = d - log2(s c)           = log2(p / c)
-    μ = min(e, s c) / (e + s c) the smaller of the coin's two probabilities
-    h = |t| μ - log2(1 - μ)     the coin's entropy, in bits
-    u = t μ (1 - μ)
+    d = (z - m) log2 e            the exponent of 2; m log2 e is rounded first, then d is one fused multiply-add
+    e = 2^d                       the exponential, 1 at the largest logit
+    s = Σ e                       the row's sum of exponentials: a class has the probability p = e / s
+    off = log2(s c)               c is the suppression level
+    t = d - off                   log2(p / c): above 0 where the class is more probable than c
+    μ = min(e, s c) / (e + s c)   the smaller of the two probabilities of a coin whose odds are p : c
+    h = |t| μ - log2(1 - μ)       the coin's entropy in bits
+    u = t μ (1 - μ)               minus the slope of h in bits: the row's gradient is made of e and u
 
-A tile of one row is a vector, (BLOCK_K,), and what belongs to the row a scalar. A tile of more rows is a matrix,
-(ROWS, BLOCK_K), and what belongs to the rows a vector, (ROWS,), which meets the tile as a column. What a row's tiles
-add up to is kept per group of eight classes of a tile, and a thread has whole groups: until a row is at its end, no
-thread waits for another.
+Example: c = 1e-7 and p = 1e-7 give t = 0, μ = 1/2, h = 1 bit, u = 0.
+
+Logarithms have the base 2, because a GPU's instructions have it. compiled/formulas.py has the base e: its t, h and u
+are those of this file times log 2.
+
+Shapes. A program with one row has a tile as a vector, (BLOCK_K,), and a value of the row as a scalar. A program with
+several rows has a tile as a matrix, (ROWS, BLOCK_K), and a value of the rows as a vector, (ROWS,); `column` (groups.py)
+makes a column of the vector where it meets the tile. Sums are kept for each group of eight classes of a tile, in
+(BLOCK_K / 8,) or (ROWS, BLOCK_K / 8). One thread has a whole group (groups.py), so no thread waits for another before
+the row ends.
 """
 
 import triton
@@ -30,26 +38,30 @@ from .groups import (
     to_groups,
 )
 
-# A constexpr stands on the right: on the left of a tensor, the interpreter would make a constexpr of the result.
+# In a product with a tensor a constexpr stands on the right. With the constexpr on the left, the interpreter would make
+# a constexpr of the result.
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 
-# 2^FLOOR is 0. It stands in for -inf, so that t is finite where it is multiplied by 0.
+# The smallest d. 2^FLOOR is 0 in float32, as 2^-inf is. But t = -inf times μ = 0 would be NaN, and t near FLOOR times 0
+# is 0.
 FLOOR = tl.constexpr(-1e4)
 
-# Where m is larger, m log2 e may be rounded by more than 2 has exponents. Neighbouring floats are more than 64 apart
-# there: with a smaller factor than log2 e, all but the largest logits still have probabilities below 2^-90.
+# The largest |m| for which d has the factor log2 e. There the product m log2 e may be rounded by 64, and 2^64 is still
+# a float. For a larger |m|, 2 to what is lost would leave the range of float32; a smaller factor than log2 e prevents
+# this. It does no harm: neighbouring floats are more than 64 apart there, so all classes below the largest have
+# p < 2^-90 with it too.
 LARGEST = tl.constexpr(2.0**30)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Functions of a number. PTX says whether NVIDIA's instructions are there; the interpreter and AMD take Triton's own.
+# Functions of one class. PTX says whether NVIDIA's instructions are there; the interpreter and AMD take Triton's own.
 
 
 @triton.jit
 def fma(x, y, z):
-    """x * y + z, rounded once."""
+    """x * y + z, of the shape of x, rounded once. The interpreter has no such instruction: float64 takes its place."""
     if INTERPRETED:
         return (x.to(tl.float64) * y + z).to(tl.float32)
     else:
@@ -58,21 +70,21 @@ def fma(x, y, z):
 
 @triton.jit
 def less_product(x, y, z):
-    """x - y z, rounded once on a GPU.
+    """x - y z, of the shape of x, rounded once on a GPU.
 
-    Said in one word, as the LLVM of Triton 3.8 cannot compile the words for Blackwell, which has instructions for two
-    numbers at once: where it sees only late, after a shuffle of such pairs, that a product is subtracted, it makes a
-    negation of a pair, and ends the process.
+    All formulas subtract products with this function, because the LLVM of Triton 3.8 cannot compile `x - y * z` for
+    every Blackwell kernel. Blackwell has instructions for pairs of numbers. Where LLVM sees only after a shuffle of
+    pairs that a product is subtracted, it makes a negation of a pair, and ends the process.
     """
     if INTERPRETED:
         return x - y * z
     else:
-        return tl.fma(y * -1.0, z, x)  # Triton 3.6 and 3.7 take -y for 0 - y, which is an instruction
+        return tl.fma(y * -1.0, z, x)  # not -y: Triton 3.6 and 3.7 make 0 - y of it, an instruction
 
 
 @triton.jit
 def reciprocal(x, PTX: tl.constexpr):
-    """To 2^-23 of itself."""
+    """1 / x, of the shape of x, right to 2^-23 of itself."""
     if PTX:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
@@ -81,13 +93,13 @@ def reciprocal(x, PTX: tl.constexpr):
 
 @triton.jit
 def _exp2(x):
-    """To 2^-22 of itself."""
+    """2^x, of the shape of x, right to 2^-22 of itself. Tests put an inexact function in its place."""
     return tl.exp2(x)
 
 
 @triton.jit
 def _log2(x, PTX: tl.constexpr):
-    """To 2^-22, of itself or absolutely."""
+    """log2 x, of the shape of x, right to 2^-22: of itself, or absolutely where log2 x is near 0."""
     if PTX:
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
@@ -96,9 +108,11 @@ def _log2(x, PTX: tl.constexpr):
 
 @triton.jit
 def _minus_log2(P, M, PTX: tl.constexpr):
-    """-log2 P for P = 1 - M; where P would lose digits of M, by a polynomial in M.
+    """-log2 P, of the shape of P, where P = 1 - M and M is the more exact of the two.
 
-    That is M q(M), q fitted to -log2(1 - M) / M at Chebyshev nodes, and right to 1.4e-8.
+    The entropy h needs it with M = μ, or with the M of several classes. For M = 1e-9, P is 1 in float32, and log2 P
+    would be 0 instead of -1.44e-9. So a polynomial M q(M) takes over below M = 0.05. q is fitted to -log2(1 - M) / M at
+    Chebyshev nodes, and M q(M) is right to 1.4e-8 of itself.
     """
     near = M * (1.44269502 + M * (0.721357346 + M * (0.479925036 + M * 0.391268671)))
     return tl.where(M < 0.05, near, -_log2(P, PTX))
@@ -106,7 +120,11 @@ def _minus_log2(P, M, PTX: tl.constexpr):
 
 @triton.jit
 def _tanh(v):
-    """To 2e-7 of itself. Near 0 it is v + v³ q(v²), q fitted to (tanh(v)/v - 1)/v² at Chebyshev nodes in v²."""
+    """tanh v, of the shape of v, right to 2e-7 of itself. The softcap needs it.
+
+    Far from 0 an exponential gives it. Near 0 the exponential would lose digits, so a polynomial takes over below |v| =
+    0.5: v + v³ q(v²). q is fitted to (tanh(v)/v - 1)/v² at Chebyshev nodes in v².
+    """
     w = v * v
     near = v + v * w * (-0.333333116 + w * (0.133305137 + w * (-0.0533910541 + w * 0.0179992182)))
     e = tl.exp2(tl.abs(v) * (-2 * LOG2_E))
@@ -116,14 +134,21 @@ def _tanh(v):
 
 @triton.jit
 def exp2_near_0(x):
-    """2^x, where it is near 1 to the last digit: the instruction is right to 2^-22 only."""
+    """2^x, of the shape of x, right to the last digit near x = 0.
+
+    A correction of s by 2^lost needs it, where `lost` is most often tiny: the instruction is right to 2^-22 only.
+    """
     y = x * LN_2
     return tl.where(tl.abs(x) < 0.001, 1.0 + (y + 0.5 * y * y), _exp2(x))
 
 
 @triton.jit
 def log2_parts(x, PTX: tl.constexpr):
-    """(whole, rest) with log2 x = whole + rest and 0 <= rest < 1, for x >= 1e-37 or NaN."""
+    """(whole, rest), of the shape of x: log2 x = whole + rest with 0 <= rest < 1, for x >= 1e-37 or NaN.
+
+    The sum of the two would lose digits: log2 50257 = 15 + 0.617, and 15 takes four bits from the fraction. The
+    exponent of the float is `whole`; `rest` is the logarithm of its mantissa.
+    """
     bits = x.to(tl.int32, bitcast=True)
     whole = ((bits >> 23) - 127).to(tl.float32)
     mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
@@ -132,7 +157,10 @@ def log2_parts(x, PTX: tl.constexpr):
 
 @triton.jit
 def value_of(option):
-    """A scalar option that is in use: a number, or what lies on the GPU where it points to."""
+    """The value, (), of a scalar option that is in use: the number itself, or the one at the pointer.
+
+    A pointer to the GPU's memory lets the host go on without a wait for the value.
+    """
     if isinstance(option, float):  # in the interpreter
         return option
     elif option.dtype.is_ptr():
@@ -143,11 +171,14 @@ def value_of(option):
 
 @triton.jit
 def load_logits(pointers, mask, softcap):
-    """z in float32, -inf outside the mask."""
+    """z, float32 of the shape of the pointers, after the softcap; -inf outside the mask.
+
+    -inf is the logit of a class that does not exist: its exponential is 0.
+    """
     z = (tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=-INF)).to(tl.float32)
     if softcap is not None:
         softcap = value_of(softcap)
-        z = fma(_tanh(z * (1.0 / softcap)), softcap, 0.0)  # no product: something is subtracted from it
+        z = fma(_tanh(z * (1.0 / softcap)), softcap, 0.0)  # not a plain product: see less_product
         if mask is not None:
             z = tl.where(mask, z, -INF)
     return z
@@ -159,13 +190,21 @@ def load_logits(pointers, mask, softcap):
 
 @triton.jit
 def finite_maximum(m):
-    """What to subtract from logits whose maximum is m, which may be -inf."""
+    """A finite number, of the shape of m, to subtract from logits whose maximum is m.
+
+    It is 0 for m = -inf, where z - m would be NaN: a row or a group of nothing but -inf.
+    """
     return tl.where(m == -INF, 0.0, m)
 
 
 @triton.jit
 def reference_of(m, PTX: tl.constexpr):
-    """The factor log2 e, m log2 e rounded, and what the rounding lost: d is too large by that."""
+    """(factor, product, lost), each of the shape of m: d is computed as z factor - product.
+
+    This form is one instruction per class. factor is log2 e, or less for |m| above LARGEST. product is m factor,
+    rounded. lost is m factor - product, the part that the rounding has lost: every d of the row is too large by it, so
+    s is too large by the factor 2^lost. `constants_of` and `stats_of` (rows.py) take it out again.
+    """
     m = finite_maximum(m)
     factor = tl.minimum(reciprocal(tl.abs(m) * (1 / (LARGEST * LOG2_E)), PTX), LOG2_E)
     product = m * factor
@@ -173,22 +212,25 @@ def reference_of(m, PTX: tl.constexpr):
 
 
 @triton.jit
-def columns(numbers, tile):
-    """The numbers of the rows, to meet a tile of them."""
-    factor, product, off, sc = numbers
+def columns(constants, tile):
+    """The four constants of the rows, each as a column where the tile has several rows: see `column`."""
+    factor, product, off, sc = constants
     return column(factor, tile), column(product, tile), column(off, tile), column(sc, tile)
 
 
 @triton.jit
 def _exp(z, factor, product):
-    """d and e, d finite also where z is -inf; NaN stays NaN."""
+    """(d, e), each of the shape of z. d is finite also where z is -inf; NaN stays NaN."""
     d = tl.maximum(fma(z, factor, -product), FLOOR, propagate_nan=tl.PropagateNan.ALL)
     return d, _exp2(d)
 
 
 @triton.jit
 def maximum_of(tiles, edge, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
-    """The maximum of rows that are held as tiles."""
+    """m, the largest logit of each row, from its tiles in registers and its edge.
+
+    The maxima of groups are taken first, then the threads meet once.
+    """
     m = tiles[0]
     for i in tl.static_range(1, len(tiles)):
         m = tl.maximum(m, tiles[i])
@@ -200,7 +242,7 @@ def maximum_of(tiles, edge, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
 
 @triton.jit
 def sum_of_exps(tiles, edge, reference, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
-    """Of rows that are held as tiles."""
+    """s, the sum of e over each row, from its tiles in registers and its edge."""
     factor, product = column(reference[0], tiles[0]), column(reference[1], tiles[0])
     _, exp_sum = _exp(tiles[0], factor, product)
     for i in tl.static_range(1, len(tiles)):
@@ -215,12 +257,17 @@ def sum_of_exps(tiles, edge, reference, ADJACENT: tl.constexpr, CTAS: tl.constex
 
 @triton.jit
 def _yz(z, wy, m):
+    """w y (z - m), of the shape of z; 0 where w y is 0, also for z = -inf."""
     return tl.where(wy == 0, 0.0, wy * (z - m))
 
 
 @triton.jit
 def sums_of_y(z, wy, given, m, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
-    """Σ w y, Σ w y (z - m), and Σ w y before smoothing, of the groups; m is a number or a tile."""
+    """(Σ w y, Σ w y (z - m), Σ w y before smoothing), each for every group of some tiles.
+
+    The cross entropy needs the first two, the row's weight ω is the third. m is a scalar, or of a shape that meets a
+    tile.
+    """
     y_sum, yz_sum, omega = wy[0], _yz(z[0], wy[0], m), given[0]
     for i in tl.static_range(1, len(z)):
         y_sum += wy[i]
@@ -232,7 +279,11 @@ def sums_of_y(z, wy, given, m, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
 
 @triton.jit
 def lse_of_edge(z, wy, given, HAS_Y: tl.constexpr):
-    """m, s, Σ w y, Σ w y (z - m), and Σ w y before smoothing, of groups of one class."""
+    """(m, s, Σ w y, Σ w y (z - m), Σ w y before smoothing) of an edge, each of the edge's shape.
+
+    A walk begins with these five. Every element of an edge stands for a group of one class: m is the class's own logit,
+    and s is 1. Where HAS_Y is not set nobody reads the last three: s stands in for them.
+    """
     exp_sum = tl.where(z == -INF, 0.0, 1.0)
     if HAS_Y:
         return z, exp_sum, wy, _yz(z, wy, finite_maximum(z)), given
@@ -242,7 +293,11 @@ def lse_of_edge(z, wy, given, HAS_Y: tl.constexpr):
 
 @triton.jit
 def add_to_lse(lse, z, wy, given, HAS_Y: tl.constexpr, ADJACENT: tl.constexpr):
-    """The same of the groups, with some tiles more."""
+    """The five values of `lse_of_edge` for every group, after some tiles more.
+
+    A walk sees a tile at a time, so the maximum of a group may rise. Then the old s is multiplied by exp(old maximum -
+    new maximum). Example: s = 3 at m = 5 becomes 3 exp(5 - 7) at m = 7.
+    """
     m_old, exp_sum, y_sum, yz_sum, omega = lse
     largest = z[0]
     for i in tl.static_range(1, len(z)):
@@ -263,8 +318,12 @@ def add_to_lse(lse, z, wy, given, HAS_Y: tl.constexpr, ADJACENT: tl.constexpr):
 
 
 @triton.jit
-def lse_of_rows(lse, reference, m, zero, HAS_Y: tl.constexpr):
-    """The same of rows, from their groups; s relative to the reference."""
+def lse_of_row(lse, reference, m, zero, HAS_Y: tl.constexpr):
+    """The five values of `lse_of_edge` for each row, from those for its groups.
+
+    Each group's s has its own maximum. It is brought to the row's reference, then the threads meet. `zero` is what
+    stands in for the last three where HAS_Y is not set.
+    """
     m_group, exp_sum, y_sum, yz_sum, omega = lse
     factor, product = column(reference[0], m_group), column(reference[1], m_group)
     exp_sum = sum_of_row(exp_sum * _exp2(fma(m_group, factor, -product)))
@@ -276,38 +335,43 @@ def lse_of_rows(lse, reference, m, zero, HAS_Y: tl.constexpr):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What follows from it. A row's `numbers` are the factor and product of its reference, log2(s c), and s c.
+# The coin and its sums. The four `constants` of a row are factor, product (`reference_of`), off = log2(s c), and s c.
 
 
 @triton.jit
-def _coin(z, numbers, PTX: tl.constexpr):
-    """e, t, μ and 1 - μ."""
-    factor, product, off, sc = numbers
+def _coin(z, constants, PTX: tl.constexpr):
+    """(e, t, μ, 1 - μ) of each class, each of the shape of z.
+
+    1 - μ comes from a fused multiply-add: the product that makes μ is not rounded on the way.
+    """
+    factor, product, off, sc = constants
     d, e = _exp(z, factor, product)
-    smaller, of_sum = tl.minimum(e, sc), reciprocal(e + sc, PTX)
-    return e, d - off, smaller * of_sum, less_product(1.0, smaller, of_sum)
+    smaller, inverse_sum = tl.minimum(e, sc), reciprocal(e + sc, PTX)
+    return e, d - off, smaller * inverse_sum, less_product(1.0, smaller, inverse_sum)
 
 
 @triton.jit
-def coin_h_and_u(z, numbers, PTX: tl.constexpr):
-    """h and u, with a logarithm for every class."""
-    _, t, mu, rest = _coin(z, numbers, PTX)
+def coin_h_and_u(z, constants, PTX: tl.constexpr):
+    """(h, u) of each class, each of the shape of z, with one logarithm for every class."""
+    _, t, mu, rest = _coin(z, constants, PTX)
     v = t * mu
     return tl.abs(v) + _minus_log2(rest, mu, PTX), less_product(v, v, mu)
 
 
 @triton.jit
-def sums_of_h_and_u(tiles, numbers, ADJACENT: tl.constexpr, CTAS: tl.constexpr, PTX: tl.constexpr):
-    """Of the groups of some tiles, with one logarithm for all classes of a group.
+def sums_of_h_and_u(tiles, constants, ADJACENT: tl.constexpr, CTAS: tl.constexpr, PTX: tl.constexpr):
+    """(Σ h, Σ u) in bits for every group of some tiles, with one logarithm for all classes of a group.
 
-    P = Π (1 - μ) and M = 1 - P are kept apart, as P knows nothing of small M. Four classes go into M at a time: with
-    eight, where all μ are 1/2, 1 - M would lose eight bits.
+    A logarithm costs more than a product, and Σ log2(1 - μ) = log2 P for P = Π (1 - μ). M = 1 - P goes along, because P
+    knows nothing of a small M: two classes with μ = 1e-9 have P = 1 and M = 2e-9. Two parts a and b of a product have M
+    = a + b (1 - a). P is multiplied from factors 1 - M of four classes each, half of a group in one tile. With eight
+    classes in a factor, all at μ = 1/2, 1 - M = 2^-8 would have lost eight bits.
     """
     for i in tl.static_range(len(tiles)):
-        _, t, mu, _ = _coin(tiles[i], numbers, PTX)
+        _, t, mu, _ = _coin(tiles[i], constants, PTX)
         v = t * mu
         u = less_product(v, v, mu)
-        # Not from 0 on: adding to that takes an instruction as well.
+        # The sums begin with the first tile and not with 0: an addition to 0 is an instruction too.
         if i == 0:
             v_sum, u_sum = tl.abs(v), u
         else:
@@ -326,24 +390,30 @@ def sums_of_h_and_u(tiles, numbers, ADJACENT: tl.constexpr, CTAS: tl.constexpr, 
 
 
 @triton.jit
-def weighted_sums_of_h_and_u(z, y, numbers, ADJACENT: tl.constexpr, CTAS: tl.constexpr, PTX: tl.constexpr):
-    """Of (1 - y) h and (1 - y) u, with a logarithm for every class."""
-    h, u = coin_h_and_u(z[0], numbers, PTX)
+def weighted_sums_of_h_and_u(z, y, constants, ADJACENT: tl.constexpr, CTAS: tl.constexpr, PTX: tl.constexpr):
+    """(Σ (1 - y) h, Σ (1 - y) u) in bits for every group of some tiles.
+
+    Every class has its own factor, so every class has its own logarithm.
+    """
+    h, u = coin_h_and_u(z[0], constants, PTX)
     h_sum, u_sum = (1.0 - y[0]) * h, (1.0 - y[0]) * u
     for i in tl.static_range(1, len(z)):
-        h, u = coin_h_and_u(z[i], numbers, PTX)
+        h, u = coin_h_and_u(z[i], constants, PTX)
         h_sum, u_sum = h_sum + (1.0 - y[i]) * h, u_sum + (1.0 - y[i]) * u
     return sum_of_groups(h_sum, ADJACENT, CTAS), sum_of_groups(u_sum, ADJACENT, CTAS)
 
 
 @triton.jit
-def gradient_of(z, wy, numbers, coef_e, coef_u, coef_y, softcap, HAS_Y: tl.constexpr, PTX: tl.constexpr):
-    """coef_e e + coef_u u + coef_y w y."""
-    e, t, mu, _ = _coin(z, numbers, PTX)
+def gradient_of(z, wy, constants, coef_e, coef_u, coef_y, softcap, HAS_Y: tl.constexpr, PTX: tl.constexpr):
+    """coef_e e + coef_u u + coef_y w y, of the shape of z: the gradient of the row's loss at each class.
+
+    With a softcap the chain rule adds a factor, 1 - (z / softcap)².
+    """
+    e, t, mu, _ = _coin(z, constants, PTX)
     v = t * mu
     u = less_product(v, v, mu)
     gradient = coef_e * e + (fma(coef_u, u, coef_y * wy) if HAS_Y else coef_u * u)
     if softcap is not None:
         ratio = z * (1.0 / value_of(softcap))
-        gradient *= tl.where(z == -INF, 0.0, less_product(1.0, ratio, ratio))  # -inf only where nothing is read
+        gradient *= tl.where(z == -INF, 0.0, less_product(1.0, ratio, ratio))  # z is -inf only where nothing is read
     return gradient

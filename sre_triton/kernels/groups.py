@@ -1,6 +1,13 @@
-"""Groups: the eight classes of a tile that one thread holds, and how a row's groups become one number.
+"""Groups: the eight classes of a tile that one thread holds, and how the groups of a row become one value.
 
-A vector of classes that a thread reads at once is 2^ADJACENT wide; its other classes lie far apart.
+A thread adds up its own group first, without waiting for any other; the threads of a program meet once a row.
+
+A thread reads 2^ADJACENT neighbouring classes at once. The rest of its group lies far apart in the tile, so that
+neighbouring threads read neighbouring memory. A tile of 16 classes and two threads, A and B:
+
+    ADJACENT = 3    A A A A A A A A B B B B B B B B     bf16: 8 classes are 16 bytes
+    ADJACENT = 2    A A A A B B B B A A A A B B B B     float32: 4 classes are 16 bytes
+    ADJACENT = 0    A B A B A B A B A B A B A B A B     odd K and no window: class by class
 """
 
 import triton
@@ -9,22 +16,40 @@ import triton.language as tl
 # Whether Triton's interpreter runs the kernels. It has no instructions of a GPU.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# Groups of 2^3 classes: sixteen bytes of bf16, which one instruction reads.
+# A group has 2^3 classes: sixteen bytes of bf16, the most that one instruction reads.
 LOG2_GROUP = tl.constexpr(3)
 
 
 @triton.jit
-def column(numbers, tile):
-    """What belongs to the rows, to meet a tile of them."""
+def column(of_row, tile):
+    """A value of each row, of a shape that meets the tile: (ROWS, 1), or a scalar where the tile has one row."""
     if len(tile.shape) == 2:
-        return numbers[:, None]
+        return of_row[:, None]
     else:
-        return numbers
+        return of_row
 
 
 @triton.jit
 def halves(x, LEVEL: tl.constexpr, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
-    """Two tensors of half the width, whose elements at the same place a thread has both."""
+    """Two tensors of half the width of x. A thread that had all of a group before has all of its halves: nothing moves.
+
+    Sums and maxima over groups need it three times, at the levels 0, 1 and 2. At a level below ADJACENT every other
+    class goes into b. At the levels above, b is the second half of the tile. A tile of 16 classes with ADJACENT = 2,
+    two threads A and B, a digit for each class of a thread:
+
+        level 0     A0 A1 A2 A3 B0 B1 B2 B3 A4 A5 A6 A7 B4 B5 B6 B7
+            a       A0    A2    B0    B2    A4    A6    B4    B6
+            b          A1    A3    B1    B3    A5    A7    B5    B7
+        level 1     A0 A2 B0 B2 A4 A6 B4 B6         (a + b of level 0, if it is a sum)
+            a       A0    B0    A4    B4
+            b          A2    B2    A6    B6
+        level 2     A0 B0 A4 B4
+            a       A0 B0
+            b             A4 B4
+
+    In a cluster of CTAS thread blocks, each block has its own part of the tile: at the levels above, b is the second
+    half of every block's part.
+    """
     if len(x.shape) == 2:
         if LEVEL < ADJACENT:
             return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
@@ -35,14 +60,14 @@ def halves(x, LEVEL: tl.constexpr, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
     elif CTAS == 1:
         return tl.split(tl.permute(tl.reshape(x, (2, x.shape[0] // 2)), (1, 0)))
     else:
-        # Each thread block has its part of the tile.
+        # Each thread block halves its own part of the tile.
         a, b = tl.split(tl.permute(tl.reshape(x, (CTAS, 2, x.shape[0] // (2 * CTAS))), (0, 2, 1)))
         return tl.reshape(a, (x.shape[0] // 2,)), tl.reshape(b, (x.shape[0] // 2,))
 
 
 @triton.jit
 def sum_of_groups(x, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
-    """Of each group of a tile: an eighth of its width."""
+    """The sum of each group of a tile: an eighth of the tile's width."""
     for level in tl.static_range(LOG2_GROUP):
         a, b = halves(x, level, ADJACENT, CTAS)
         x = a + b
@@ -51,7 +76,7 @@ def sum_of_groups(x, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
 
 @triton.jit
 def maximum_of_groups(x, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
-    """Of each group of a tile: an eighth of its width."""
+    """The maximum of each group of a tile: an eighth of the tile's width."""
     for level in tl.static_range(LOG2_GROUP):
         a, b = halves(x, level, ADJACENT, CTAS)
         x = tl.maximum(a, b)
@@ -60,7 +85,10 @@ def maximum_of_groups(x, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
 
 @triton.jit
 def to_groups(x, ADJACENT: tl.constexpr):
-    """A number per group, at each of its classes."""
+    """The value of each group, at all eight of its classes: eight times the width of x.
+
+    A walk needs it to subtract a group's maximum from the group's logits. It undoes three `halves`, the last one first.
+    """
     for level in tl.static_range(LOG2_GROUP):
         x = tl.join(x, x)
         if len(x.shape) == 3:
@@ -76,25 +104,26 @@ def to_groups(x, ADJACENT: tl.constexpr):
 
 @triton.jit
 def largest_of_row(x):
-    """Over the classes of a tile."""
+    """The maximum over the classes: a scalar, or (ROWS,). Threads and thread blocks wait for each other here."""
     return tl.max(x, len(x.shape) - 1)
 
 
 @triton.jit
 def sum_of_row(x):
-    """Over the classes of a tile."""
+    """The sum over the classes: a scalar, or (ROWS,). Threads and thread blocks wait for each other here."""
     return tl.sum(x, len(x.shape) - 1)
 
 
 @triton.jit
 def _add_pairs(a, b, c, d):
+    """(a + c, b + d): how `sum_pairs` combines two pairs."""
     return a + c, b + d
 
 
 @triton.jit
 def sum_pairs(a, b):
-    """The sums of two tensors over a row; the threads of a program meet once for both."""
-    if INTERPRETED:  # which would add one number after the other, and lose digits that a GPU does not
+    """(Σ a, Σ b) over the classes, each a scalar or (ROWS,). The threads of a program meet once for both sums."""
+    if INTERPRETED:  # its reduce adds one element after another, and loses digits that a GPU does not lose
         return sum_of_row(a), sum_of_row(b)
     else:
         return tl.reduce((a, b), len(a.shape) - 1, _add_pairs)

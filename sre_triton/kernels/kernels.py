@@ -1,16 +1,20 @@
 """The Triton kernels: programs that walk over the classes of their rows.
 
 Where a row fits into registers it is read once, as a few tiles, and everything from its maximum to its gradient is
-computed there (RESIDENT). A longer row is walked in steps of a few tiles, three times: for the sum of exponentials, for
-S and U, for the gradient; the second and third reads are for the cache to serve. The three walks are kernels of their
-own as well. A program may be a cluster of thread blocks, which hold the tiles of a row together: the code is the same.
+computed there (RESIDENT). A longer row is read three times, in steps of a few tiles: for the sum of exponentials, for S
+and U, and for the gradient. The second and the third read should come from the cache. The three walks are kernels of
+their own as well. A cluster of thread blocks may be one program, and hold the tiles of a row together: the code is the
+same (plan.py has a picture).
 
-The gradient at the target is computed from the row's numbers, and written over what its tile left there. The thread
-that wrote the tile does it, so that no barrier is needed: a cluster has none but those of its reductions, and programs
-that go from row to row while the next row is on its way cannot afford one.
+The gradient at the target is computed from the row's values, and written over the gradient that its tile left there.
+The thread that wrote the tile writes it, so no barrier is needed. A cluster has no barriers but those of its
+reductions. A program that goes from row to row while the next row is on its way cannot afford one.
 
-Ignored rows are not read. Where rows of few classes share a program, they are under a mask of nothing, and their
-numbers come out as 0 whatever the memory holds.
+Ignored rows are not read. Where several rows share a program, a mask excludes the ignored ones, and their results are 0
+whatever the memory holds.
+
+`row` is a row index, int64: a scalar, or (ROWS,) where several rows share a program. `inside` says which of these rows
+exist, `counted` which exist and are not ignored; None where all do. rows.py and memory.py explain the tuples.
 """
 
 import triton
@@ -25,188 +29,207 @@ from .memory import (
     at_targets,
     counted_targets,
     load_edge,
-    load_rows,
+    load_per_row,
     load_tiles,
-    program_rows,
-    store_rows,
+    program_row,
+    store_per_row,
     window_of,
 )
 from .rows import (
     coefficients_of,
+    constants_of,
     losses_of,
     lse_with_targets,
-    numbers_of,
     stats_of,
     sums_with_targets,
     zeros,
 )
 from .walks import (
     lse_of_tiles,
-    store_gradient_of_rest,
-    store_gradient_of_tiles,
+    store_gradient,
     store_no_gradient,
-    sums_of_rows,
+    sums_of_row,
     sums_of_tiles,
-    walk_gradient,
     walk_lse,
     walk_sums,
 )
 
 
 @triton.jit
-def _rows_of_row_loss(
-    inputs, opts, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, rows, counted, target,
-    tiles, V: tl.constexpr,
+def _loss_of_counted_rows(
+    inputs, scalars, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, row, counted,
+    target, tiles, VARIANT: tl.constexpr,
 ):  # fmt: skip
-    targets = at_targets(inputs, opts, rows, target, counted, V)
-    window = window_of(inputs, rows, V)
-    edge = load_edge(inputs, opts, rows, window, V)
-    if V.RESIDENT:
+    """Write the losses, and if asked for the statistics and the gradient, of rows that are read."""
+    targets = at_targets(inputs, scalars, row, target, counted, VARIANT)
+    window = window_of(inputs, row, VARIANT)
+    edge = load_edge(inputs, scalars, row, window, VARIANT)
+    if VARIANT.RESIDENT:
         if tiles is None:
-            tiles = load_tiles(inputs, opts, rows, counted, window, 0, V.FULL, V)
-        lse, reference = lse_of_tiles(inputs, opts, tiles, edge, V)
+            tiles = load_tiles(inputs, scalars, row, counted, window, 0, VARIANT.FULL, VARIANT)
+        lse, reference = lse_of_tiles(inputs, scalars, tiles, edge, VARIANT)
     else:
-        lse, reference = walk_lse(inputs, opts, rows, counted, window, edge, V)
-    lse = lse_with_targets(inputs, opts, lse, targets, V)
-    numbers, exp_sum, log_sum = numbers_of(opts, reference, lse[1], counted, V.PTX)
-    if V.RESIDENT:
-        h_sum, u_sum = sums_of_tiles(tiles, numbers, V)
-        h_sum, u_sum = sums_of_rows(h_sum, u_sum, edge, numbers, V)
+        lse, reference = walk_lse(inputs, scalars, row, counted, window, edge, VARIANT)
+    lse = lse_with_targets(inputs, scalars, lse, targets, VARIANT)
+    constants, exp_sum, log_sum = constants_of(scalars, reference, lse[1], counted, VARIANT.PTX)
+    if VARIANT.RESIDENT:
+        h_sum, u_sum = sums_of_tiles(tiles, constants, VARIANT)
+        h_sum, u_sum = sums_of_row(h_sum, u_sum, edge, constants, VARIANT)
     else:
-        h_sum, u_sum = walk_sums(inputs, opts, rows, counted, window, edge, numbers, V)
-    h_sum, u_sum = sums_with_targets(inputs, opts, h_sum, u_sum, targets, numbers, V)
-    store_rows(losses_ptr, inputs, rows, losses_of(opts, lse, h_sum, log_sum, counted, V), 0, V)
+        h_sum, u_sum = walk_sums(inputs, scalars, row, counted, window, edge, constants, VARIANT)
+    h_sum, u_sum = sums_with_targets(inputs, scalars, h_sum, u_sum, targets, constants, VARIANT)
+    store_per_row(losses_ptr, inputs, row, losses_of(scalars, lse, h_sum, log_sum, counted, VARIANT), 0, VARIANT)
     if stats_ptr is not None:
-        store_rows(stats_ptr, inputs, rows, stats_of(lse, reference), 0, V)
-        store_rows(stats_ptr, inputs, rows, (h_sum, u_sum), 5, V)
+        store_per_row(stats_ptr, inputs, row, stats_of(lse, reference), 0, VARIANT)
+        store_per_row(stats_ptr, inputs, row, (h_sum, u_sum), 5, VARIANT)
     if gradient_ptr is not None:
         coefficients = coefficients_of(
-            inputs, opts, scale_ptr, scale_stride, rows, counted, lse, exp_sum, log_sum, u_sum, V.PTX
+            inputs, scalars, scale_ptr, scale_stride, row, counted, lse, exp_sum, log_sum, u_sum, VARIANT.PTX
         )
-        if V.RESIDENT:
-            store_gradient_of_tiles(
-                inputs, opts, gradient_ptr, gradient_stride, rows, counted, window, 0, tiles, numbers, coefficients,
-                V.FULL, V,
-            )  # fmt: skip
-        else:
-            walk_gradient(inputs, opts, gradient_ptr, gradient_stride, rows, counted, window, numbers, coefficients, V)
-        store_gradient_of_rest(
-            inputs, opts, gradient_ptr, gradient_stride, rows, counted, window, edge, targets, numbers, coefficients, V
-        )
+        store_gradient(
+            inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, edge, tiles, targets, constants,
+            coefficients, VARIANT,
+        )  # fmt: skip
 
 
 @triton.jit
-def _row_loss(
-    inputs, opts, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, rows, inside, tiles,
-    V: tl.constexpr,
+def _loss_of_rows(
+    inputs, scalars, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, row, inside, tiles,
+    VARIANT: tl.constexpr,
 ):  # fmt: skip
-    target, counted = counted_targets(inputs, opts, rows, inside, V)
-    if any_counted(counted, V):
-        _rows_of_row_loss(
-            inputs, opts, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, rows,
-            None if V.ROWS == 1 else counted, target, tiles, V,
+    """Write the losses, and if asked for the statistics and the gradient, of a program's rows; 0 for ignored rows.
+
+    `tiles` are the row's tiles if they are loaded already, else None.
+    """
+    target, counted = counted_targets(inputs, scalars, row, inside, VARIANT)
+    if any_counted(counted, VARIANT):
+        _loss_of_counted_rows(
+            inputs, scalars, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, row,
+            None if VARIANT.ROWS == 1 else counted, target, tiles, VARIANT,
         )  # fmt: skip
     else:
-        zero = zeros(V)
-        store_rows(losses_ptr, inputs, rows, (zero, zero, zero, zero), 0, V)
+        zero = zeros(VARIANT)
+        store_per_row(losses_ptr, inputs, row, (zero, zero, zero, zero), 0, VARIANT)
         if stats_ptr is not None:
-            store_rows(stats_ptr, inputs, rows, (zero, zero, zero, zero, zero, zero, zero), 0, V)
+            store_per_row(stats_ptr, inputs, row, (zero, zero, zero, zero, zero, zero, zero), 0, VARIANT)
         if gradient_ptr is not None:
-            store_no_gradient(inputs, gradient_ptr, gradient_stride, rows, counted, V)
+            store_no_gradient(inputs, gradient_ptr, gradient_stride, row, counted, VARIANT)
 
 
 @triton.jit
 def row_loss_kernel(
-    inputs, opts, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, num_programs,
-    V: tl.constexpr,
+    inputs, scalars, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, num_programs,
+    VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """row_loss with stats_ptr, row_loss_and_gradient with gradient_ptr."""
-    if V.STAGES == 0:
-        rows = program_rows(V)
-        inside = None if V.ROWS == 1 else rows < inputs.num_rows
-        _row_loss(
-            inputs, opts, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, rows, inside,
-            None, V,
+    """Write the losses of all rows, (4, N), and their statistics, (7, N), or their gradient, (N, K).
+
+    With stats_ptr this is `row_loss`, with gradient_ptr `row_loss_and_gradient`.
+
+    `scale_ptr` points to scale, (N,): the factor of each row's loss in the result that is differentiated, 1/N for a
+    mean over N rows. The gradient is multiplied by it before it is rounded. `scale_stride` is 0 where all rows have the
+    same scale.
+
+    With STAGES a program goes from row to row, every num_programs-th one, and the next row is on its way meanwhile.
+    """
+    if VARIANT.STAGES == 0:
+        row = program_row(VARIANT)
+        inside = None if VARIANT.ROWS == 1 else row < inputs.num_rows
+        _loss_of_rows(
+            inputs, scalars, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, row, inside,
+            None, VARIANT,
         )  # fmt: skip
     else:
-        for row in tl.range(tl.program_id(0), inputs.num_rows, num_programs, num_stages=V.STAGES):
-            rows = tl.cast(row, tl.int64)
-            # Of ignored rows as well: which they are is not known when this is read, while the row before is computed.
-            tiles = load_tiles(inputs, opts, rows, None, window_of(inputs, rows, V), 0, V.FULL, V)
-            _row_loss(
-                inputs, opts, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, rows,
-                None, tiles, V,
+        for row_int32 in tl.range(tl.program_id(0), inputs.num_rows, num_programs, num_stages=VARIANT.STAGES):
+            row = tl.cast(row_int32, tl.int64)
+            # Ignored rows are loaded too: the load is under way while the row before is computed, and at this time the
+            # target is not known.
+            tiles = load_tiles(inputs, scalars, row, None, window_of(inputs, row, VARIANT), 0, VARIANT.FULL, VARIANT)
+            _loss_of_rows(
+                inputs, scalars, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, row,
+                None, tiles, VARIANT,
             )  # fmt: skip
 
 
 @triton.jit
-def row_lse_kernel(inputs, opts, stats_ptr, V: tl.constexpr):
-    """The first five statistics."""
-    rows = program_rows(V)
-    inside = None if V.ROWS == 1 else rows < inputs.num_rows
-    target, counted = counted_targets(inputs, opts, rows, inside, V)
-    if any_counted(counted, V):
-        masked = None if V.ROWS == 1 else counted
-        targets = at_targets(inputs, opts, rows, target, masked, V)
-        window = window_of(inputs, rows, V)
-        edge = load_edge(inputs, opts, rows, window, V)
-        lse, reference = walk_lse(inputs, opts, rows, masked, window, edge, V)
-        stats = stats_of(lse_with_targets(inputs, opts, lse, targets, V), reference)
-        store_rows(stats_ptr, inputs, rows, stats, 0, V)
+def row_lse_kernel(inputs, scalars, stats_ptr, VARIANT: tl.constexpr):
+    """Write the first five statistics of all rows, (5, N)."""
+    row = program_row(VARIANT)
+    inside = None if VARIANT.ROWS == 1 else row < inputs.num_rows
+    target, counted = counted_targets(inputs, scalars, row, inside, VARIANT)
+    if any_counted(counted, VARIANT):
+        masked = None if VARIANT.ROWS == 1 else counted
+        targets = at_targets(inputs, scalars, row, target, masked, VARIANT)
+        window = window_of(inputs, row, VARIANT)
+        edge = load_edge(inputs, scalars, row, window, VARIANT)
+        lse, reference = walk_lse(inputs, scalars, row, masked, window, edge, VARIANT)
+        stats = stats_of(lse_with_targets(inputs, scalars, lse, targets, VARIANT), reference)
+        store_per_row(stats_ptr, inputs, row, stats, 0, VARIANT)
     else:
-        zero = zeros(V)
-        store_rows(stats_ptr, inputs, rows, (zero, zero, zero, zero, zero), 0, V)
+        zero = zeros(VARIANT)
+        store_per_row(stats_ptr, inputs, row, (zero, zero, zero, zero, zero), 0, VARIANT)
 
 
 @triton.jit
-def _numbers_from_stats(inputs, opts, stats_ptr, rows, inside, counted, V: tl.constexpr):
-    m, exp_sum = load_rows(stats_ptr, inputs, rows, 0, inside), load_rows(stats_ptr, inputs, rows, 1, inside)
-    reference = reference_of(m, V.PTX)
-    numbers, exp_sum, log_sum = numbers_of(opts, reference, exp_sum * exp2_near_0(reference[2]), counted, V.PTX)
-    return m, numbers, exp_sum, log_sum
+def _constants_from_stats(inputs, scalars, stats_ptr, row, inside, counted, VARIANT: tl.constexpr):
+    """(m, constants, s, log s) of each row, from its statistics in memory.
+
+    There s is Σ exp(z - m): it is multiplied by 2^lost, because the tiles' d have the rounding of the reference in
+    them.
+    """
+    m, exp_sum = load_per_row(stats_ptr, inputs, row, 0, inside), load_per_row(stats_ptr, inputs, row, 1, inside)
+    reference = reference_of(m, VARIANT.PTX)
+    exp_sum *= exp2_near_0(reference[2])
+    constants, exp_sum, log_sum = constants_of(scalars, reference, exp_sum, counted, VARIANT.PTX)
+    return m, constants, exp_sum, log_sum
 
 
 @triton.jit
-def row_sums_kernel(inputs, opts, stats_ptr, sums_ptr, V: tl.constexpr):
-    """The last two statistics."""
-    rows = program_rows(V)
-    inside = None if V.ROWS == 1 else rows < inputs.num_rows
-    target, counted = counted_targets(inputs, opts, rows, inside, V)
-    if any_counted(counted, V):
-        masked = None if V.ROWS == 1 else counted
-        targets = at_targets(inputs, opts, rows, target, masked, V)
-        _, numbers, _, _ = _numbers_from_stats(inputs, opts, stats_ptr, rows, inside, masked, V)
-        window = window_of(inputs, rows, V)
-        edge = load_edge(inputs, opts, rows, window, V)
-        h_sum, u_sum = walk_sums(inputs, opts, rows, masked, window, edge, numbers, V)
-        store_rows(sums_ptr, inputs, rows, sums_with_targets(inputs, opts, h_sum, u_sum, targets, numbers, V), 0, V)
+def row_sums_kernel(inputs, scalars, stats_ptr, sums_ptr, VARIANT: tl.constexpr):
+    """Write the last two statistics of all rows, (2, N), from the first five."""
+    row = program_row(VARIANT)
+    inside = None if VARIANT.ROWS == 1 else row < inputs.num_rows
+    target, counted = counted_targets(inputs, scalars, row, inside, VARIANT)
+    if any_counted(counted, VARIANT):
+        masked = None if VARIANT.ROWS == 1 else counted
+        targets = at_targets(inputs, scalars, row, target, masked, VARIANT)
+        _, constants, _, _ = _constants_from_stats(inputs, scalars, stats_ptr, row, inside, masked, VARIANT)
+        window = window_of(inputs, row, VARIANT)
+        edge = load_edge(inputs, scalars, row, window, VARIANT)
+        h_sum, u_sum = walk_sums(inputs, scalars, row, masked, window, edge, constants, VARIANT)
+        sums = sums_with_targets(inputs, scalars, h_sum, u_sum, targets, constants, VARIANT)
+        store_per_row(sums_ptr, inputs, row, sums, 0, VARIANT)
     else:
-        store_rows(sums_ptr, inputs, rows, (zeros(V), zeros(V)), 0, V)
+        store_per_row(sums_ptr, inputs, row, (zeros(VARIANT), zeros(VARIANT)), 0, VARIANT)
 
 
 @triton.jit
 def row_gradient_kernel(
-    inputs, opts, stats_ptr, scale_ptr, scale_stride, gradient_ptr, gradient_stride, V: tl.constexpr
+    inputs, scalars, stats_ptr, scale_ptr, scale_stride, gradient_ptr, gradient_stride, VARIANT: tl.constexpr
 ):  # fmt: skip
-    """The gradient of scale * loss."""
-    rows = program_rows(V)
-    inside = None if V.ROWS == 1 else rows < inputs.num_rows
-    target, counted = counted_targets(inputs, opts, rows, inside, V)
-    if any_counted(counted, V):
-        masked = None if V.ROWS == 1 else counted
-        targets = at_targets(inputs, opts, rows, target, masked, V)
-        m, numbers, exp_sum, log_sum = _numbers_from_stats(inputs, opts, stats_ptr, rows, inside, masked, V)
-        y_sum = load_rows(stats_ptr, inputs, rows, 2, inside)
-        lse = m, exp_sum, y_sum, y_sum, load_rows(stats_ptr, inputs, rows, 4, inside)
-        u_sum = load_rows(stats_ptr, inputs, rows, 6, inside)
+    """Write the gradient of all rows, (N, K), from the logits and the statistics, (7, N).
+
+    `scale_ptr` points to scale, (N,): the factor of each row's loss in the result that is differentiated, 1/N for a
+    mean over N rows. The gradient is multiplied by it before it is rounded. `scale_stride` is 0 where all rows have the
+    same scale.
+    """
+    row = program_row(VARIANT)
+    inside = None if VARIANT.ROWS == 1 else row < inputs.num_rows
+    target, counted = counted_targets(inputs, scalars, row, inside, VARIANT)
+    if any_counted(counted, VARIANT):
+        masked = None if VARIANT.ROWS == 1 else counted
+        targets = at_targets(inputs, scalars, row, target, masked, VARIANT)
+        m, constants, exp_sum, log_sum = _constants_from_stats(inputs, scalars, stats_ptr, row, inside, masked, VARIANT)
+        y_sum = load_per_row(stats_ptr, inputs, row, 2, inside)
+        lse = m, exp_sum, y_sum, y_sum, load_per_row(stats_ptr, inputs, row, 4, inside)
+        u_sum = load_per_row(stats_ptr, inputs, row, 6, inside)
         coefficients = coefficients_of(
-            inputs, opts, scale_ptr, scale_stride, rows, masked, lse, exp_sum, log_sum, u_sum, V.PTX
+            inputs, scalars, scale_ptr, scale_stride, row, masked, lse, exp_sum, log_sum, u_sum, VARIANT.PTX
         )
-        window = window_of(inputs, rows, V)
-        edge = load_edge(inputs, opts, rows, window, V)
-        walk_gradient(inputs, opts, gradient_ptr, gradient_stride, rows, masked, window, numbers, coefficients, V)
-        store_gradient_of_rest(
-            inputs, opts, gradient_ptr, gradient_stride, rows, masked, window, edge, targets, numbers, coefficients, V
-        )
+        window = window_of(inputs, row, VARIANT)
+        edge = load_edge(inputs, scalars, row, window, VARIANT)
+        store_gradient(
+            inputs, scalars, gradient_ptr, gradient_stride, row, masked, window, edge, None, targets, constants,
+            coefficients, VARIANT,
+        )  # fmt: skip
     else:
-        store_no_gradient(inputs, gradient_ptr, gradient_stride, rows, counted, V)
+        store_no_gradient(inputs, gradient_ptr, gradient_stride, row, counted, VARIANT)

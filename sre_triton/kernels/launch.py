@@ -11,8 +11,8 @@ from triton.backends.compiler import GPUTarget
 
 from ..primitives import RowOptions
 from .kernels import row_loss_kernel
-from .plan import Device, plan
-from .rows import Inputs, Options, Variant
+from .plan import Device, Plan, plan
+from .rows import Inputs, Scalars, Variant
 
 INTERPRETED = triton.knobs.runtime.interpret
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -60,14 +60,14 @@ def _scalar(value: float | Tensor | None) -> float | Tensor | None:
     return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value
 
 
-def _options(options: RowOptions) -> Options:
-    """As a kernel takes them."""
+def _scalars(options: RowOptions) -> Scalars:
+    """The options as a kernel takes them."""
     c = _scalar(options.c)
     whole = rest = None
     if isinstance(c, float):
         log2_c = math.log2(c)
         whole, rest = float(round(log2_c)), log2_c - round(log2_c)
-    return Options(
+    return Scalars(
         c=c,
         log2_c_whole=whole,
         log2_c_rest=rest,
@@ -79,12 +79,43 @@ def _options(options: RowOptions) -> Options:
     )
 
 
+def _variant(
+    how: Plan,
+    gpu: GPUTarget,
+    align: int,
+    vector: int,
+    window: bool,
+    shortest: int,
+    probabilities: bool,
+    has_y: bool,
+    smoothed: bool,
+) -> Variant:
+    """What is compiled in; rows have at least ``shortest`` classes besides the edges of a window."""
+    return Variant(
+        PROBABILITIES=probabilities,
+        HAS_Y=has_y,
+        SMOOTHED=smoothed and not has_y,
+        RESIDENT=how.path != "loop",
+        STAGES=how.stages,
+        ROWS=how.rows,
+        BLOCK_K=how.block_k,
+        TILES=how.tiles,
+        FULL=0 if how.path == "loop" else shortest // how.block_k,
+        ALIGN=align,
+        VECTOR=vector,
+        ADJACENT=(vector if window else align).bit_length() - 1,
+        WINDOW=window,
+        CTAS=how.num_ctas,
+        PTX=gpu.backend == "cuda",
+    )
+
+
 def launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, **arguments) -> None:
-    """Launch a kernel over the rows of the logits, with the Inputs, Options and Variant for them."""
+    """Launch a kernel over the rows of the logits, with the Inputs, Scalars and Variant for them."""
     num_rows, num_classes = logits.shape
     if num_rows == 0 or num_classes == 0:
         return
-    opts, all_classes = _options(options), options.all_classes
+    scalars, all_classes = _scalars(options), options.all_classes
     probabilities = target.dim() == 2
     logits, target = _in_rows(logits), _in_rows(target) if probabilities else target.contiguous()
     gradient = arguments.get("gradient_ptr")
@@ -95,7 +126,7 @@ def launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, option
     if "gradient_ptr" in arguments:
         arguments["gradient_stride"] = 0 if gradient is None else gradient.stride(0) // align
 
-    smoothed = opts.label_smoothing is not None
+    smoothed = scalars.label_smoothing is not None
     has_y = probabilities or (smoothed and weight is not None)
     holds_rows = kernel is row_loss_kernel
     with on_device(logits.device):
@@ -106,7 +137,7 @@ def launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, option
             logits.element_size(),
             holds_rows=holds_rows,
             aligned=align == vector,
-            plain=not has_y and opts.softcap is None,
+            plain=not has_y and scalars.softcap is None,
             device=_device(logits.device.index),
         )
         window = align < vector and how.rows == 1 and (gradient is None or gradient.stride(0) == logits.stride(0))
@@ -128,24 +159,8 @@ def launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, option
                 first_class=None if all_classes is None else options.first_class,
                 all_classes=all_classes,
             ),
-            opts=opts,
-            V=Variant(
-                PROBABILITIES=probabilities,
-                HAS_Y=has_y,
-                SMOOTHED=smoothed and not has_y,
-                RESIDENT=how.path != "loop",
-                STAGES=how.stages,
-                ROWS=how.rows,
-                BLOCK_K=how.block_k,
-                TILES=how.tiles,
-                FULL=0 if how.path == "loop" else shortest // how.block_k,
-                ALIGN=align,
-                VECTOR=vector,
-                ADJACENT=(vector if window else align).bit_length() - 1,
-                WINDOW=window,
-                CTAS=how.num_ctas,
-                PTX=gpu.backend == "cuda",
-            ),
+            scalars=scalars,
+            VARIANT=_variant(how, gpu, align, vector, window, shortest, probabilities, has_y, smoothed),
             num_warps=how.num_warps,
             num_ctas=how.num_ctas,
             enable_fp_fusion=True,

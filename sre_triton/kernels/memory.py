@@ -1,8 +1,30 @@
 """Where the classes of a row lie in memory, and how tiles of them come into registers.
 
-Rows that do not begin at multiples of 16 bytes are read in a window that does, and the few classes before and after
-it, the edges, as a tile of their own (WINDOW). A *place* is of a tile: its elements, counted from the pointer to the
-logits, its classes, which of them there are, and which of those are to be read.
+One instruction reads 16 bytes, VECTOR elements, only where they begin at a multiple of 16 bytes. With an odd K most
+rows begin elsewhere. Such a row is read as a *window*, which begins and ends at multiples, and an *edge*, the few
+classes before and after the window (WINDOW). The second row of bf16 logits with K = 21, a letter for each element (rows
+as short as these share a program, and have no window; from K = 129 on it is the same):
+
+    element    16      24      32      40      48
+               |       |       |       |       |
+    row 0      00000
+    row 1           bbbwwwwwwwwwwwwwwwwaa
+    row 2                                222222...
+
+    begin = 21: the row's first element
+    first = 24: the first element of the window
+    head = 3: the class at the beginning of the window; the classes 0, 1, 2 before it are b
+    length = 16: the classes in the window, 3 to 18; the classes 19 and 20 after it are a
+
+The tiles of the row lie in the window. The edge is a small tile of its own, with b and a in it.
+
+The tuples that the functions here pass on:
+
+    window    (first, head, length)
+    place     of a tile: (its elements, counted from the pointer to the logits; its classes; which of the classes exist;
+              which of the classes are to be read)
+    tiles     (z, y, w y, w y before smoothing), each a tuple of TILES tiles
+    edge      (z, y, w y, w y before smoothing), each one tile
 """
 
 import triton
@@ -14,144 +36,174 @@ from .rows import load_if_counted, shares
 
 
 @triton.jit
-def program_rows(V: tl.constexpr):
-    """The program's row, or its rows."""
+def program_row(VARIANT: tl.constexpr):
+    """The program's row, an int64 scalar, or its rows, (ROWS,) in int64: a row times a stride may pass 2^31."""
     program = tl.program_id(0).to(tl.int64)
-    if V.ROWS == 1:
+    if VARIANT.ROWS == 1:
         return program
     else:
-        return program * V.ROWS + tl.arange(0, V.ROWS)
+        return program * VARIANT.ROWS + tl.arange(0, VARIANT.ROWS)
 
 
 @triton.jit
-def counted_targets(inputs, opts, rows, inside, V: tl.constexpr):
-    """The targets, if they are class indices, and which of the rows are there and not ignored."""
-    if V.PROBABILITIES:
-        return rows, rows < inputs.num_rows
+def counted_targets(inputs, scalars, row, inside, VARIANT: tl.constexpr):
+    """(target, counted) of each row. A row counts if it exists and is not ignored; other rows are not read.
+
+    `inside` says which rows exist, None if all of them. With probabilities there is no target: the row takes its place.
+    """
+    if VARIANT.PROBABILITIES:
+        return row, row < inputs.num_rows
     else:
-        target = load_if_counted(inputs.target_ptr + rows, inside)
+        target = load_if_counted(inputs.target_ptr + row, inside)
         if inside is None:
-            return target, target != opts.ignore_index
+            return target, target != scalars.ignore_index
         else:
-            return target, inside & (target != opts.ignore_index)
+            return target, inside & (target != scalars.ignore_index)
 
 
 @triton.jit
-def any_counted(counted, V: tl.constexpr):
-    """Whether a program has anything to read: a program of one row, one that is counted; else it is masked."""
-    if V.ROWS == 1 and not V.PROBABILITIES:
+def any_counted(counted, VARIANT: tl.constexpr):
+    """Whether the program has anything to read. It is False only for a program whose single row does not count.
+
+    A program of several rows goes on, under a mask. With probabilities every row counts.
+    """
+    if VARIANT.ROWS == 1 and not VARIANT.PROBABILITIES:
         return counted
     else:
         return True
 
 
 @triton.jit
-def at_targets(inputs, opts, rows, target, counted, V: tl.constexpr):
-    """Of class indices: the target, or 0 if it is out of range, and there z and w (NaN if out of range).
+def at_targets(inputs, scalars, row, target, counted, VARIANT: tl.constexpr):
+    """(g, z_g, w_g) of each row: the target's column among these logits, its logit, and its class weight.
 
-    Of targets in another shard: -1, -inf and 0.
+    The loss needs them, and the gradient at the target. An out-of-range target has g = 0 and w_g = NaN, so the row's
+    loss and gradient are NaN. A target in another shard has g = -1, z_g = -inf and w_g = 0. With probabilities nobody
+    reads the three.
     """
-    if V.PROBABILITIES:
-        return rows, 0.0, 1.0
+    if VARIANT.PROBABILITIES:
+        return row, 0.0, 1.0
     else:
         g = target if inputs.first_class is None else target - inputs.first_class
-        here = g.to(tl.uint64) < inputs.num_classes * V.ALIGN
+        here = g.to(tl.uint64) < inputs.num_classes * VARIANT.ALIGN
         g = tl.where(here, g, 0)
-        z_g = load_logits(inputs.logits_ptr + rows * inputs.logits_stride * V.ALIGN + g, counted, opts.softcap)
+        z_g = load_logits(inputs.logits_ptr + row * inputs.logits_stride * VARIANT.ALIGN + g, counted, scalars.softcap)
         w_g = tl.where(here, 1.0, float("nan"))
         if inputs.weight_ptr is not None:
             w_g *= load_if_counted(inputs.weight_ptr + g, counted).to(tl.float32)
         if inputs.all_classes is not None:
             elsewhere = (target.to(tl.uint64) < inputs.all_classes) & (here == 0)
             g, z_g, w_g = tl.where(elsewhere, -1, g), tl.where(elsewhere, -INF, z_g), tl.where(elsewhere, 0.0, w_g)
-        if V.STAGES == 0:
-            # Where the gradient takes the place of the logits, other threads are about to write where z_g was read.
+        if VARIANT.STAGES == 0:
+            # The gradient may take the place of the logits: then another thread is about to write where z_g was read.
             tl.debug_barrier()
         return g, z_g, w_g
 
 
 @triton.jit
-def last_step(inputs, V: tl.constexpr):
-    """Where the last step of a walk begins; before it there are only full tiles."""
-    shortest = inputs.num_classes * V.ALIGN
-    if V.WINDOW:
-        shortest -= 2 * (V.VECTOR - 1)
-    if V.ROWS > 1:
+def last_step(inputs, VARIANT: tl.constexpr):
+    """The element of the window at which the last step of a walk begins, a multiple of TILES x BLOCK_K.
+
+    All steps before it have full tiles in every row, and need no mask. With K = 5000, no window, and steps of 2048 it
+    is 4096.
+    """
+    shortest = inputs.num_classes * VARIANT.ALIGN
+    if VARIANT.WINDOW:
+        shortest -= 2 * (VARIANT.VECTOR - 1)
+    if VARIANT.ROWS > 1:
         return 0
     else:
-        return (shortest - 1) // (V.TILES * V.BLOCK_K) * (V.TILES * V.BLOCK_K)
+        return (shortest - 1) // (VARIANT.TILES * VARIANT.BLOCK_K) * (VARIANT.TILES * VARIANT.BLOCK_K)
 
 
 @triton.jit
-def window_of(inputs, rows, V: tl.constexpr):
-    """Where the tiles of a row begin, in elements from the pointer, the class there, and the number of classes."""
-    begin = rows * inputs.logits_stride * V.ALIGN
-    K = inputs.num_classes * V.ALIGN
-    if V.WINDOW:
-        first = (begin + (V.VECTOR - 1)) // V.VECTOR * V.VECTOR
-        length = ((begin + K) // V.VECTOR * V.VECTOR - first).to(tl.int32)
-        if not V.RESIDENT:
-            # Some rows have a vector more than the last step of a walk; it goes with the edge.
-            length = tl.minimum(length, last_step(inputs, V) + V.TILES * V.BLOCK_K)
+def window_of(inputs, row, VARIANT: tl.constexpr):
+    """(first, head, length) of each row: see the picture above. Without WINDOW they are (begin, 0, K).
+
+    first is an element counted from the pointer to the logits, head the class there, length the number of classes.
+    """
+    begin = row * inputs.logits_stride * VARIANT.ALIGN
+    K = inputs.num_classes * VARIANT.ALIGN
+    if VARIANT.WINDOW:
+        first = (begin + (VARIANT.VECTOR - 1)) // VARIANT.VECTOR * VARIANT.VECTOR
+        length = ((begin + K) // VARIANT.VECTOR * VARIANT.VECTOR - first).to(tl.int32)
+        if not VARIANT.RESIDENT:
+            # The window of some rows is one vector longer than the steps of a walk: this vector goes with the edge.
+            length = tl.minimum(length, last_step(inputs, VARIANT) + VARIANT.TILES * VARIANT.BLOCK_K)
         return first, (first - begin).to(tl.int32), length
     else:
         return begin, 0, K
 
 
 @triton.jit
-def full_tile(WIDTH: tl.constexpr, value: tl.constexpr, V: tl.constexpr):
-    """A tile of the rows full of one value."""
-    if V.ROWS == 1:
+def full_tile(WIDTH: tl.constexpr, value: tl.constexpr, VARIANT: tl.constexpr):
+    """A tile full of one value: (WIDTH,), or (ROWS, WIDTH) where the program has several rows."""
+    if VARIANT.ROWS == 1:
         return tl.full((WIDTH,), value, tl.float32)
     else:
-        return tl.full((V.ROWS, WIDTH), value, tl.float32)
+        return tl.full((VARIANT.ROWS, WIDTH), value, tl.float32)
 
 
 @triton.jit
-def place_of_tile(inputs, rows, counted, window, start, V: tl.constexpr):
-    """Of the tile that begins ``start`` into the window."""
+def place_of_tile(inputs, row, counted, window, start, VARIANT: tl.constexpr):
+    """The place of the tile that begins `start` classes into the window: four tensors of the tile's shape.
+
+    Loads and stores need its elements, its classes and two masks: which classes exist, and which are to be read. The
+    masks differ only for a program of several rows: the classes of an ignored row exist, and get a gradient of 0, but
+    are not read. Example, row 1 of the picture with BLOCK_K = 256 and start = 0: element 24 + i, class 3 + i, and both
+    masks i < 16.
+    """
     first, head, length = window
-    cols = start + tl.arange(0, V.BLOCK_K)
-    if V.ROWS > 1:
+    cols = start + tl.arange(0, VARIANT.BLOCK_K)
+    if VARIANT.ROWS > 1:
         cols = cols[None, :]
-        mask = (cols < length) & (rows < inputs.num_rows)[:, None]
+        mask = (cols < length) & (row < inputs.num_rows)[:, None]
         return first[:, None] + cols, cols, mask, mask & counted[:, None]
     else:
         return first + cols, head + cols, cols < length, cols < length
 
 
 @triton.jit
-def place_of_edge(inputs, rows, window, V: tl.constexpr):
-    """The same of the edges: a tile of one class per group, those before the window and those behind it."""
+def place_of_edge(inputs, row, window, VARIANT: tl.constexpr):
+    """The place of the edge: four tensors, (BLOCK_K / 8,).
+
+    The edge has one class where the tiles have a group of eight, so the edge is added to the sums of the groups as it
+    is. The first VECTOR elements go backwards from the window, the others backwards from the row's end. Row 1 of the
+    picture:
+
+        element of the edge    0  1  2  3  4  5  6  7  8  9 10 ...
+        class                  2  1  0  .  .  .  .  . 20 19  . ...
+    """
     _, head, length = window
-    i = tl.arange(0, V.BLOCK_K // 8)
-    # Backwards, or Triton would see neighbours, and give all of them to a few threads.
-    before, behind = head - 1 - i, inputs.num_classes * V.ALIGN - 1 - (i - V.VECTOR)
-    classes = tl.where(i < V.VECTOR, before, behind)
-    mask = tl.where(i < V.VECTOR, before >= 0, behind >= head + length)
-    return rows * inputs.logits_stride * V.ALIGN + classes, classes, mask, mask
+    i = tl.arange(0, VARIANT.BLOCK_K // 8)
+    # Backwards, as Triton would see that forwards they are neighbours, and give all of them to a few threads.
+    before, behind = head - 1 - i, inputs.num_classes * VARIANT.ALIGN - 1 - (i - VARIANT.VECTOR)
+    classes = tl.where(i < VARIANT.VECTOR, before, behind)
+    mask = tl.where(i < VARIANT.VECTOR, before >= 0, behind >= head + length)
+    return row * inputs.logits_stride * VARIANT.ALIGN + classes, classes, mask, mask
 
 
 @triton.jit
-def _load(inputs, opts, rows, place, MASKED: tl.constexpr, V: tl.constexpr):
-    """z, and if HAS_Y y, w y, and w y before smoothing; -inf and 0 where there is nothing or the row is not counted.
+def _load(inputs, scalars, row, place, MASKED: tl.constexpr, VARIANT: tl.constexpr):
+    """(z, y, w y, w y before smoothing) at a place, each of the tile's shape.
 
-    If SMOOTHED, 1 takes the place of y.
+    Outside the mask z is -inf, and the others are 0. With SMOOTHED, y is the same for all classes: the last three are 1
+    where the class exists. Without HAS_Y and SMOOTHED nobody reads the last three.
     """
     offsets, classes, _, mask = place
     if not MASKED:
         mask = None
-    z = load_logits(inputs.logits_ptr + offsets, mask, opts.softcap)
-    if V.HAS_Y:
-        share, at_target = shares(inputs, opts, V)
-        if V.PROBABILITIES:
-            pointers = inputs.target_ptr + column(rows * inputs.target_stride * V.ALIGN, z) + classes
+    z = load_logits(inputs.logits_ptr + offsets, mask, scalars.softcap)
+    if VARIANT.HAS_Y:
+        share, at_target = shares(inputs, scalars, VARIANT)
+        if VARIANT.PROBABILITIES:
+            pointers = inputs.target_ptr + column(row * inputs.target_stride * VARIANT.ALIGN, z) + classes
             if mask is None:
                 given = tl.load(pointers).to(tl.float32)
             else:
                 given = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
             y = given
-            if opts.label_smoothing is not None:
+            if scalars.label_smoothing is not None:
                 y = share + at_target * given
         else:
             y = tl.zeros_like(z) + share
@@ -160,53 +212,60 @@ def _load(inputs, opts, rows, place, MASKED: tl.constexpr, V: tl.constexpr):
             y = tl.where(mask, y, 0.0)
         wy = y
         if inputs.weight_ptr is not None:
-            exists = (classes >= 0) & (classes < inputs.num_classes * V.ALIGN)
+            exists = (classes >= 0) & (classes < inputs.num_classes * VARIANT.ALIGN)
             w = tl.load(inputs.weight_ptr + classes, mask=exists, other=0.0)
             wy, given = w.to(tl.float32) * y, w.to(tl.float32) * given
         return z, y, wy, given
-    elif V.SMOOTHED:
+    elif VARIANT.SMOOTHED:
         there = tl.zeros_like(z) + 1.0
         if mask is not None:
             there = tl.where(mask, there, 0.0)
         return z, there, there, there
     else:
-        return z, z, z, z  # the last three for nobody
+        return z, z, z, z  # nobody reads the last three
 
 
 @triton.jit
-def load_tiles(inputs, opts, rows, counted, window, start, FULL: tl.constexpr, V: tl.constexpr):
-    """The four of `_load`, each of TILES tiles, the first FULL of which end before the row does."""
+def load_tiles(inputs, scalars, row, counted, window, start, FULL: tl.constexpr, VARIANT: tl.constexpr):
+    """(z, y, w y, w y before smoothing), each a tuple of TILES tiles, from `start` in the window on.
+
+    A whole row, or a step of a walk, comes into registers this way. The first FULL tiles end before the row does in
+    every row, so they need no mask. With K = 5000, BLOCK_K = 2048 and TILES = 3, FULL is 2.
+    """
     z, y, wy, given = (), (), (), ()
-    TILES: tl.constexpr = V.TILES  # or Triton 3.6 takes it for a number of the running program
+    TILES: tl.constexpr = VARIANT.TILES  # without the annotation Triton 3.6 takes it for a value of the running program
     for i in tl.static_range(TILES):
-        place = place_of_tile(inputs, rows, counted, window, start + i * V.BLOCK_K, V)
-        z_i, y_i, wy_i, given_i = _load(inputs, opts, rows, place, V.ROWS > 1 or i >= FULL, V)
+        place = place_of_tile(inputs, row, counted, window, start + i * VARIANT.BLOCK_K, VARIANT)
+        z_i, y_i, wy_i, given_i = _load(inputs, scalars, row, place, VARIANT.ROWS > 1 or i >= FULL, VARIANT)
         z, y, wy, given = z + (z_i,), y + (y_i,), wy + (wy_i,), given + (given_i,)
     return z, y, wy, given
 
 
 @triton.jit
-def load_edge(inputs, opts, rows, window, V: tl.constexpr):
-    """The four of `_load`, of one tile."""
-    if V.WINDOW:
-        return _load(inputs, opts, rows, place_of_edge(inputs, rows, window, V), True, V)
+def load_edge(inputs, scalars, row, window, VARIANT: tl.constexpr):
+    """(z, y, w y, w y before smoothing) of the edge, each (BLOCK_K / 8,). Without WINDOW nobody reads the four."""
+    if VARIANT.WINDOW:
+        return _load(inputs, scalars, row, place_of_edge(inputs, row, window, VARIANT), True, VARIANT)
     else:
-        return rows, rows, rows, rows  # for nobody
+        return row, row, row, row  # nobody reads them
 
 
 @triton.jit
-def store_rows(ptr, inputs, rows, numbers, FIRST: tl.constexpr, V: tl.constexpr):
-    """Numbers of the rows into a matrix (count, N), from its row FIRST on."""
+def store_per_row(ptr, inputs, row, values, FIRST: tl.constexpr, VARIANT: tl.constexpr):
+    """Write a tuple of values of the row to the rows FIRST, FIRST + 1, ... of a matrix (count, N).
+
+    The losses are such a matrix, (4, N), and the statistics, (7, N): a column is a row of logits.
+    """
     N = tl.cast(inputs.num_rows, tl.int64)
-    for i in tl.static_range(len(numbers)):
-        if V.ROWS == 1:
-            tl.store(ptr + (FIRST + i) * N + rows, numbers[i])
+    for i in tl.static_range(len(values)):
+        if VARIANT.ROWS == 1:
+            tl.store(ptr + (FIRST + i) * N + row, values[i])
         else:
-            tl.store(ptr + (FIRST + i) * N + rows, numbers[i], mask=rows < N)
+            tl.store(ptr + (FIRST + i) * N + row, values[i], mask=row < N)
 
 
 @triton.jit
-def load_rows(ptr, inputs, rows, i, inside):
-    """The numbers in row i of such a matrix."""
+def load_per_row(ptr, inputs, row, i, inside):
+    """The value of each row in row i of a matrix (count, N), as `store_per_row` wrote it; 0 outside `inside`."""
     N = tl.cast(inputs.num_rows, tl.int64)
-    return load_if_counted(ptr + i * N + rows, inside)
+    return load_if_counted(ptr + i * N + row, inside)

@@ -11,11 +11,12 @@ from .kernels import row_gradient_kernel, row_loss_kernel, row_lse_kernel, row_s
 from .launch import launch, on_device
 from .small import inverse_count_kernel, scale_gradient_kernel, scaled_sum_kernel
 
-# One program reads the numbers of so many rows in a few microseconds; PyTorch's two launches take as long.
+# The most rows for one program: it reads their losses in a few microseconds, as long as PyTorch's two launches take.
 FEW_ROWS = 65536
 # Programs that multiply a stored gradient: enough for the bandwidth of a GPU, and few to start and end if there is
 # nothing to do.
 SCALING_PROGRAMS = 1024
+# Elements of their tiles: 16 for each thread of four warps.
 SCALING_TILE = 2048
 
 
@@ -35,7 +36,8 @@ def row_sums(logits: Tensor, target: Tensor, stats: Tensor, options: RowOptions)
     return sums
 
 
-def _row_loss(logits, target, weight, options, *, scale=None, stats=None, gradient=None) -> Tensor:
+def _launch_row_loss(logits, target, weight, options, *, scale=None, stats=None, gradient=None) -> Tensor:
+    """The losses of each row, (4, N), from one launch; it fills the statistics and the gradient that are given."""
     losses = new_numbers(logits, NUM_LOSSES)
     launch(
         row_loss_kernel,
@@ -56,7 +58,7 @@ def _row_loss(logits, target, weight, options, *, scale=None, stats=None, gradie
 def row_loss(logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions) -> tuple[Tensor, Tensor]:
     """The losses of each row, (4, N), and its statistics, (7, N), from which row_gradient goes on."""
     stats = new_numbers(logits, NUM_STATS)
-    return _row_loss(logits, target, weight, options, stats=stats), stats
+    return _launch_row_loss(logits, target, weight, options, stats=stats), stats
 
 
 @primitive("triton")
@@ -65,10 +67,11 @@ def row_loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The losses of each row, (4, N), and the gradient of scale * loss, (N, K), from one read of the logits."""
     gradient = new_gradient(logits)
-    return _row_loss(logits, target, weight, options, scale=scale, gradient=gradient), gradient
+    return _launch_row_loss(logits, target, weight, options, scale=scale, gradient=gradient), gradient
 
 
-def _fill_gradient(gradient, logits, target, weight, stats, scale, options) -> None:
+def _launch_row_gradient(gradient, logits, target, weight, stats, scale, options) -> None:
+    """Fill the gradient, (N, K), from the statistics, (7, N), by one launch."""
     launch(
         row_gradient_kernel,
         logits,
@@ -88,29 +91,32 @@ def row_gradient(
 ) -> Tensor:
     """The gradient of scale * loss, (N, K) in the dtype of the logits."""
     gradient = new_gradient(logits)
-    _fill_gradient(gradient, logits, target, weight, stats, scale, options)
+    _launch_row_gradient(gradient, logits, target, weight, stats, scale, options)
     return gradient
 
 
-# Eager code only. Kernels write behind autograd's back, so its version counter is moved by hand.
+# For eager code only. Autograd does not see what a kernel writes, so its version counter is moved by hand.
 
 
 def row_loss_and_gradient_(logits, target, weight, scale, options: RowOptions) -> tuple[Tensor, Tensor]:
     """:func:`row_loss_and_gradient` with the gradient written over the logits."""
-    losses = _row_loss(logits, target, weight, options, scale=scale, gradient=logits)
+    losses = _launch_row_loss(logits, target, weight, options, scale=scale, gradient=logits)
     torch.autograd.graph.increment_version(logits)
     return losses, logits.detach()
 
 
 def row_gradient_(logits, target, weight, stats, scale, options: RowOptions) -> Tensor:
     """:func:`row_gradient` written over the logits."""
-    _fill_gradient(logits, logits, target, weight, stats, scale, options)
+    _launch_row_gradient(logits, logits, target, weight, stats, scale, options)
     torch.autograd.graph.increment_version(logits)
     return logits.detach()
 
 
 def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Multiply the stored gradient (N, K) by the upstream one, () or (N,); a factor of 1 is seen on the GPU."""
+    """Multiply the stored gradient (N, K) by the upstream one, () or (N,), in place, and return it.
+
+    The kernel sees on the GPU whether a factor is 1, and has nothing to do then.
+    """
     num_rows, num_classes = gradient.shape
     if num_rows == 0 or gradient.is_meta:
         return gradient
@@ -138,7 +144,7 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 def inverse_count(target: Tensor, weight: Tensor | None, num_classes: int, ignore_index: int) -> Tensor:
-    """What the loss of class indices is multiplied by for its mean, (), in one launch; for up to FEW_ROWS."""
+    """The factor, (), that makes a mean of the summed loss of class indices, in one launch; for up to FEW_ROWS."""
     factor = target.new_empty((), dtype=torch.float32)
     with on_device(target.device):
         inverse_count_kernel[(1,)](
@@ -155,15 +161,15 @@ def inverse_count(target: Tensor, weight: Tensor | None, num_classes: int, ignor
     return factor
 
 
-def scaled_sum(numbers: Tensor, factor: Tensor) -> Tensor:
-    """``numbers.sum() * factor``, (), in one launch; for up to FEW_ROWS."""
+def scaled_sum(losses: Tensor, factor: Tensor) -> Tensor:
+    """``losses.sum() * factor``, (), in one launch; for up to FEW_ROWS."""
     total = torch.empty_like(factor)
-    with on_device(numbers.device):
+    with on_device(losses.device):
         scaled_sum_kernel[(1,)](
-            numbers_ptr=numbers,
+            losses_ptr=losses,
             factor_ptr=factor,
             sum_ptr=total,
-            num_rows=numbers.shape[0],
+            num_rows=losses.shape[0],
             BLOCK=1024,
             num_warps=4,
             enable_fp_fusion=True,

@@ -1,14 +1,25 @@
-"""The numbers of a row: from the sums over its tiles to its losses, and to the coefficients of its gradient.
+"""The values of a row: from the sums over its tiles to its losses, and to the coefficients of its gradient.
 
-What the gradient sees of a row, with y the smoothed target, ω the sample's weight and U = Σ (1 - y) u:
+The gradient of the row's loss, with y the smoothed target, w the class weights, ω the row's weight, λ' the weight of
+the regularizer, α that of the z-loss, and U = Σ (1 - y) u:
 
-    gradient of class k = coef_p p_k + coef_u (1 - y_k) u_k + coef_y w_k y_k
+    gradient at class k = coef_p p_k + coef_u (1 - y_k) u_k + coef_y w_k y_k
 
     coef_p = scale (Σ w y + ω (2 α lse - λ' U))
     coef_u = scale ω λ'
     coef_y = -scale
 
-For class indices, y is one number, ε/K, for all classes but the target's, which has 1 - ε more.
+For class indices, y is the same at all classes, ε/K, and 1 - ε more at the target. The tiles are treated as if there
+were no target; functions named ..._with_targets correct the sums.
+
+Tuples that go through the kernels, all of values of the row:
+
+    targets       (g, z_g, w_g): the target's column, its logit, its weight (memory.py: `at_targets`)
+    lse           (m, s, Σ w y, Σ w y (z - m), ω)
+    reference     (factor, product, lost) (formulas.py: `reference_of`)
+    constants     (factor, product, off, s c): what formulas.py needs at each class
+    coefficients  (coef_p / s, coef_u in bits, coef_y)
+    statistics    m, s, Σ w y, Σ w y (z - m), ω, Σ (1 - y) h, Σ (1 - y) u: the rows 0 to 6 of a matrix (7, N)
 """
 
 from typing import Any, NamedTuple
@@ -30,28 +41,28 @@ from .formulas import (
 
 
 class Inputs(NamedTuple):
-    """What the kernels read; flat, as Triton 3.6 mixes up the constants of nested tuples."""
+    """The tensors and sizes that the kernels read; flat, as Triton 3.6 mixes up the constants of nested tuples."""
 
     logits_ptr: Any
     logits_stride: Any  # from row to row, in units of ALIGN elements
     target_ptr: Any  # (N,) class indices, or probabilities
-    target_stride: Any  # as that of the logits
+    target_stride: Any  # of probabilities: from row to row, in units of ALIGN elements
     weight_ptr: Any  # (K,) or None
     num_rows: Any  # N
     num_classes: Any  # K, in units of ALIGN
-    first_class: Any = None  # the classes are a shard's: the first of them,
-    all_classes: Any = None  # and how many there are in all shards
+    first_class: Any = None  # if the logits are a shard: the class of their first column
+    all_classes: Any = None  # if the logits are a shard: the number of classes in all shards
 
 
-class Options(NamedTuple):
-    """The scalar options: numbers, or pointers to where on the GPU they lie (formulas.py: `value_of`).
+class Scalars(NamedTuple):
+    """The scalar options: numbers, or pointers to the GPU's memory (formulas.py: `value_of`).
 
-    What is None takes no part in the compiled code; no value is compiled in.
+    None takes an option out of the compiled code. No value is compiled in.
     """
 
     c: Any
-    log2_c_whole: Any  # log2 c: the nearest whole number,
-    log2_c_rest: Any  # and the rest; both None where c is a pointer
+    log2_c_whole: Any  # the whole number nearest to log2 c; None where c is a pointer
+    log2_c_rest: Any  # log2 c less this whole number; None where c is a pointer
     reg_weight: Any  # λ'
     ignore_index: Any
     label_smoothing: Any
@@ -60,42 +71,49 @@ class Options(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """What is compiled in."""
+    """What is compiled in: each different Variant is a compilation of its own."""
 
     PROBABILITIES: bool  # the target is probabilities, not class indices
     HAS_Y: bool  # every class has a y or a w y of its own
-    SMOOTHED: bool  # all classes have the same y, but the target
+    SMOOTHED: bool  # all classes but the target have the same y, ε/K
     RESIDENT: bool  # a row is held in registers
     STAGES: int  # of the loop over rows, where a program goes from row to row; 0 where it has one set of rows
     ROWS: int  # rows of a program at a time
     BLOCK_K: int  # classes of a tile
     TILES: int  # tiles of a row that is resident, or in one step of a loop
-    FULL: int  # the first so many of a resident row's tiles end before the row does
+    FULL: int  # how many tiles of a resident row are full in every row, and need no mask
     ALIGN: int  # K and the strides are multiples of it
     VECTOR: int  # classes in 16 bytes
     ADJACENT: int  # the logarithm of the number of adjacent classes that a thread reads at once
-    WINDOW: bool  # tiles begin at multiples of VECTOR, and what of a row lies before and after is a tile of its own
+    WINDOW: bool  # tiles begin at multiples of VECTOR; the classes before and after them are the edge (memory.py)
     CTAS: int  # thread blocks that share the classes of a tile
     PTX: bool  # NVIDIA's instructions are there
 
 
 @triton.jit
-def shares(inputs, opts, V: tl.constexpr):
-    """What label smoothing gives to every class, ε/K, and what it leaves to the target, 1 - ε."""
-    if opts.label_smoothing is None:
+def shares(inputs, scalars, VARIANT: tl.constexpr):
+    """(ε/K, 1 - ε): what label smoothing gives to every class, and what it leaves to the target.
+
+    K counts the classes of all shards. Without label smoothing the two are 0 and 1.
+    """
+    if scalars.label_smoothing is None:
         return 0.0, 1.0
     elif inputs.all_classes is None:
-        label_smoothing = value_of(opts.label_smoothing)
-        return label_smoothing / (inputs.num_classes * V.ALIGN), 1.0 - label_smoothing
+        label_smoothing = value_of(scalars.label_smoothing)
+        return label_smoothing / (inputs.num_classes * VARIANT.ALIGN), 1.0 - label_smoothing
     else:
-        label_smoothing = value_of(opts.label_smoothing)
+        label_smoothing = value_of(scalars.label_smoothing)
         return label_smoothing / inputs.all_classes, 1.0 - label_smoothing
 
 
 @triton.jit
-def zeros(V: tl.constexpr):
-    """What belongs to the rows."""
-    ROWS: tl.constexpr = V.ROWS
+def zeros(VARIANT: tl.constexpr):
+    """0 in float32 for each row: a scalar, or (ROWS,) where the program has several rows.
+
+    A variant that does not compute a value of the row has this in its place, and ignored rows get it as their loss. It
+    has the shape of a value of the row, so that all variants return and store the same tuples.
+    """
+    ROWS: tl.constexpr = VARIANT.ROWS
     if ROWS == 1:
         return tl.cast(0.0, tl.float32)
     else:
@@ -104,7 +122,7 @@ def zeros(V: tl.constexpr):
 
 @triton.jit
 def if_counted(counted, x, other):
-    """``counted`` is None where all rows are."""
+    """x where the row counts, else `other`, of the shape of x. `counted` is None if all rows count."""
     if counted is None:
         return x
     else:
@@ -113,7 +131,7 @@ def if_counted(counted, x, other):
 
 @triton.jit
 def load_if_counted(pointers, counted):
-    """A number of each row, 0 where it is not counted."""
+    """The value at each row's pointer; 0 where the row does not count, which is not read."""
     if counted is None:
         return tl.load(pointers)
     else:
@@ -121,16 +139,20 @@ def load_if_counted(pointers, counted):
 
 
 @triton.jit
-def lse_with_targets(inputs, opts, lse, targets, V: tl.constexpr):
-    """m, s and the sums with y of whole rows, from those over the tiles."""
+def lse_with_targets(inputs, scalars, lse, targets, VARIANT: tl.constexpr):
+    """(m, s, Σ w y, Σ w y (z - m), ω) of each row, from the same five without the targets.
+
+    With class indices the target adds (1 - ε) w_g to Σ w y, and ω is its weight. With probabilities and without class
+    weights ω is 1.
+    """
     m, exp_sum, y_sum, yz_sum, omega = lse
-    if V.PROBABILITIES:
+    if VARIANT.PROBABILITIES:
         if inputs.weight_ptr is None:
-            omega = zeros(V) + 1.0
+            omega = zeros(VARIANT) + 1.0
         return m, exp_sum, y_sum, yz_sum, omega
     else:
         g, z_g, w_g = targets
-        _, at_target = shares(inputs, opts, V)
+        _, at_target = shares(inputs, scalars, VARIANT)
         wy_g = at_target * w_g
         d_g = z_g - finite_maximum(m)
         if inputs.all_classes is not None:
@@ -139,81 +161,94 @@ def lse_with_targets(inputs, opts, lse, targets, V: tl.constexpr):
 
 
 @triton.jit
-def _c(opts, PTX: tl.constexpr):
-    """c, and log2 c as a whole number and the rest."""
-    if opts.log2_c_whole is None:
-        c = value_of(opts.c)
+def _c(scalars, PTX: tl.constexpr):
+    """(c, whole, rest), with log2 c = whole + rest. The host computes the last two, unless c lies on the GPU."""
+    if scalars.log2_c_whole is None:
+        c = value_of(scalars.c)
         whole, rest = log2_parts(c, PTX)
         return c, whole, rest
     else:
-        return opts.c, opts.log2_c_whole, opts.log2_c_rest
+        return scalars.c, scalars.log2_c_whole, scalars.log2_c_rest
 
 
 @triton.jit
-def numbers_of(opts, reference, exp_sum, counted, PTX: tl.constexpr):
-    """What tiles need of a row (formulas.py: its `numbers`), the sum of exponentials, and its logarithm.
+def constants_of(scalars, reference, exp_sum, counted, PTX: tl.constexpr):
+    """((factor, product, off, s c), s, log s) of each row; the first are the constants of its tiles.
 
-    The sum of a row of nothing but -inf is 0: it becomes NaN, and that of a row which is not read 1.
+    log s is the natural logarithm of Σ exp(z - m), without the part that the reference has lost. A row of nothing but
+    -inf has s = 0: here s becomes NaN, as such a row has no probabilities. A row that does not count gets s = 1.
     """
     factor, product, lost = reference
     exp_sum = if_counted(counted, tl.where(exp_sum == 0.0, float("nan"), exp_sum), 1.0)
     whole, rest = log2_parts(exp_sum, PTX)
-    c, c_whole, c_rest = _c(opts, PTX)
-    # log2(s c) is rounded to `off`, and s c to what `off` is the logarithm of: p / c is the same number wherever it
-    # stands. All it costs is that c is not quite the c that was asked for, by up to 6e-7 of it.
+    c, c_whole, c_rest = _c(scalars, PTX)
+    # `off` is log2(s c) rounded. s c is replaced by 2^off, so that t and μ have the same p / c: where the u of many
+    # classes cancel, a difference between the two would not cancel. So c is not quite the given c, by up to 6e-7 of it.
     off = (whole + c_whole) + (rest + c_rest)
-    more = (rest + c_rest) - (off - (whole + c_whole))
+    lost_by_off = (rest + c_rest) - (off - (whole + c_whole))
     sc = exp_sum * c
-    # Not 0, nor so small that its reciprocal is infinite, which with a tiny c it would be for huge logits.
-    sc = tl.maximum(less_product(sc, sc, more * LN_2), 2e-38, propagate_nan=tl.PropagateNan.ALL)
+    # Never so small that the reciprocal of e + s c is infinite: s c is with huge logits and a tiny c.
+    sc = tl.maximum(less_product(sc, sc, lost_by_off * LN_2), 2e-38, propagate_nan=tl.PropagateNan.ALL)
     return (factor, product, off, sc), exp_sum, (whole + (rest - lost)) * LN_2
 
 
 @triton.jit
 def stats_of(lse, reference):
-    """The five statistics of row_lse: there the sum of exponentials is that of exp(z - m)."""
+    """(m, s, Σ w y, Σ w y (z - m), ω) of each row as `row_lse` returns them: here s is Σ exp(z - m).
+
+    In the kernels s is 2^lost times as large (formulas.py: `reference_of`).
+    """
     m, exp_sum, y_sum, yz_sum, omega = lse
     _, _, lost = reference
     return m, exp_sum * exp2_near_0(-lost), y_sum, yz_sum, omega
 
 
 @triton.jit
-def sums_with_targets(inputs, opts, h_sum, u_sum, targets, numbers, V: tl.constexpr):
-    """Σ (1 - y) h and Σ (1 - y) u, from the sums over the tiles."""
-    if V.PROBABILITIES:
+def sums_with_targets(inputs, scalars, h_sum, u_sum, targets, constants, VARIANT: tl.constexpr):
+    """(Σ (1 - y) h, Σ (1 - y) u) of each row, with natural logarithms, from the sums over the tiles in bits.
+
+    With class indices the tiles have summed up h and u of all classes alike. The target's part, 1 - ε of its h and u,
+    is subtracted here.
+    """
+    if VARIANT.PROBABILITIES:
         return h_sum * LN_2, u_sum * LN_2
     else:
         _, z_g, _ = targets
-        h_g, u_g = coin_h_and_u(z_g, numbers, V.PTX)
-        share, at_target = shares(inputs, opts, V)
+        h_g, u_g = coin_h_and_u(z_g, constants, VARIANT.PTX)
+        share, at_target = shares(inputs, scalars, VARIANT)
         h_sum = less_product((1.0 - share) * h_sum, at_target, h_g)
         u_sum = less_product((1.0 - share) * u_sum, at_target, u_g)
         return h_sum * LN_2, u_sum * LN_2
 
 
 @triton.jit
-def losses_of(opts, lse, h_sum, log_sum, counted, V: tl.constexpr):
-    """The loss, H, S and α lse²."""
+def losses_of(scalars, lse, h_sum, log_sum, counted, VARIANT: tl.constexpr):
+    """(loss, H, S, α lse²) of each row, each times the row's weight."""
     m, _, y_sum, yz_sum, omega = lse
     cross_entropy = if_counted(counted, fma(y_sum, log_sum, -yz_sum), 0.0)
     regularizer = if_counted(counted, omega * h_sum, 0.0)
-    z_penalty = zeros(V)
-    if opts.z_loss is not None:
-        z_penalty = if_counted(counted, value_of(opts.z_loss) * omega * (m + log_sum) * (m + log_sum), 0.0)
-    loss = less_product(cross_entropy, value_of(opts.reg_weight), regularizer) + z_penalty
+    z_penalty = zeros(VARIANT)
+    if scalars.z_loss is not None:
+        z_penalty = if_counted(counted, value_of(scalars.z_loss) * omega * (m + log_sum) * (m + log_sum), 0.0)
+    loss = less_product(cross_entropy, value_of(scalars.reg_weight), regularizer) + z_penalty
     return loss, cross_entropy, regularizer, z_penalty
 
 
 @triton.jit
 def coefficients_of(
-    inputs, opts, scale_ptr, scale_stride, rows, counted, lse, exp_sum, log_sum, u_sum, PTX: tl.constexpr
+    inputs, scalars, scale_ptr, scale_stride, row, counted, lse, exp_sum, log_sum, u_sum, PTX: tl.constexpr
 ):  # fmt: skip
-    """coef_p / s, the factor of u in bits, and that of w y."""
+    """(coef_p / s, coef_u in bits, coef_y) of each row: see the formulas above.
+
+    The gradient is computed from e and from u in bits, so s divides the first, and log 2 multiplies the second.
+    `scale_ptr` points to scale, the factor of each row's loss in the result that is differentiated: 1/N for a mean over
+    N rows, times the upstream gradient. `scale_stride` is 0 where all rows have the same scale.
+    """
     m, _, y_sum, _, omega = lse
-    scale = load_if_counted(scale_ptr + rows * scale_stride, counted)
-    of_u = omega * value_of(opts.reg_weight)
+    scale = load_if_counted(scale_ptr + row * scale_stride, counted)
+    of_u = omega * value_of(scalars.reg_weight)
     of_p = less_product(y_sum, of_u, u_sum)
-    if opts.z_loss is not None:
-        of_p += omega * (2.0 * value_of(opts.z_loss) * (m + log_sum))
+    if scalars.z_loss is not None:
+        of_p += omega * (2.0 * value_of(scalars.z_loss) * (m + log_sum))
     coef_e = if_counted(counted, scale * of_p * reciprocal(exp_sum, PTX), 0.0)
     return coef_e, if_counted(counted, scale * of_u * LN_2, 0.0), -scale

@@ -1,4 +1,4 @@
-"""The small kernels of a step, each one launch: what the mean divides by, the mean, and the upstream gradient."""
+"""The small kernels of a step, each one launch: the factor of the mean, the mean, and the upstream gradient."""
 
 import triton
 import triton.language as tl
@@ -8,12 +8,15 @@ import triton.language as tl
 def inverse_count_kernel(
     target_ptr, weight_ptr, factor_ptr, num_rows, num_classes, ignore_index, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """1 / the number of rows that are not ignored, or the sum of their targets' weights; one program."""
+    """Write 1 / (the rows that are not ignored), (), or 1 / (the sum of their targets' class weights); one program.
+
+    A mean over rows is a sum times this factor. A target out of range counts as a row, but has no weight.
+    """
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_rows, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        target = tl.load(target_ptr + rows, mask=rows < num_rows, other=0)
-        counted = (rows < num_rows) & (target != ignore_index)
+        row = start + tl.arange(0, BLOCK)
+        target = tl.load(target_ptr + row, mask=row < num_rows, other=0)
+        counted = (row < num_rows) & (target != ignore_index)
         if weight_ptr is None:
             total += counted.to(tl.float32)
         else:
@@ -23,12 +26,12 @@ def inverse_count_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def scaled_sum_kernel(numbers_ptr, factor_ptr, sum_ptr, num_rows, BLOCK: tl.constexpr):
-    """The sum of a number of each row, times a factor; one program."""
+def scaled_sum_kernel(losses_ptr, factor_ptr, sum_ptr, num_rows, BLOCK: tl.constexpr):
+    """Write the sum of the losses, (N,), times a factor, (); one program."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_rows, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        total += tl.load(numbers_ptr + rows, mask=rows < num_rows, other=0.0)
+        row = start + tl.arange(0, BLOCK)
+        total += tl.load(losses_ptr + row, mask=row < num_rows, other=0.0)
     tl.store(sum_ptr, tl.sum(total, 0) * tl.load(factor_ptr))
 
 
@@ -37,15 +40,20 @@ def scale_gradient_kernel(
     gradient_ptr, gradient_stride, factor_ptr, factor_stride, num_rows, num_classes, num_programs,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Multiply the rows of a stored gradient; factors of 1 are seen here, and cost neither traffic nor a wait."""
+    """Multiply the rows of a stored gradient, (N, K), by a factor each, (N,), in place.
+
+    `factor_ptr` points to the upstream gradient; `factor_stride` is 0 where all rows have the same factor. It is most
+    often 1: a program whose rows have factors of 1 neither reads nor writes its part of the gradient, and the host need
+    not wait to know it.
+    """
     K = num_classes * ALIGN
     for first in range(tl.program_id(0) * ROWS, num_rows, num_programs * ROWS):
-        rows = tl.cast(first, tl.int64) + tl.arange(0, ROWS)
-        factor = tl.load(factor_ptr + rows * factor_stride, mask=rows < num_rows, other=1.0)
+        row = tl.cast(first, tl.int64) + tl.arange(0, ROWS)
+        factor = tl.load(factor_ptr + row * factor_stride, mask=row < num_rows, other=1.0)
         if tl.max((factor != 1.0).to(tl.int32), 0) == 1:
             for start in range(0, K, BLOCK_K):
                 cols = (start + tl.arange(0, BLOCK_K))[None, :]
-                mask = (rows < num_rows)[:, None] & (cols < K)
-                pointers = gradient_ptr + rows[:, None] * gradient_stride * ALIGN + cols
+                mask = (row < num_rows)[:, None] & (cols < K)
+                pointers = gradient_ptr + row[:, None] * gradient_stride * ALIGN + cols
                 gradient = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
                 tl.store(pointers, factor[:, None] * gradient, mask=mask)

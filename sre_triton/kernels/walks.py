@@ -1,4 +1,9 @@
-"""Walks over the classes of rows, in registers and in memory: sums over tiles, and their gradient."""
+"""Walks over the classes of rows: sums over tiles and their gradient, with the tiles in registers or in memory.
+
+A row that fits into registers is read once (RESIDENT): `lse_of_tiles`, `sums_of_tiles`. A longer row is read in steps
+of a few tiles, once by each walk: `walk_lse`, `walk_sums`, `walk_gradient`. The tuples are explained in rows.py and
+memory.py.
+"""
 
 import triton
 import triton.language as tl
@@ -11,7 +16,7 @@ from .formulas import (
     finite_maximum,
     gradient_of,
     lse_of_edge,
-    lse_of_rows,
+    lse_of_row,
     maximum_of,
     reference_of,
     sum_of_exps,
@@ -44,49 +49,58 @@ from .rows import (
 
 
 @triton.jit
-def sums_of_tiles(tiles, numbers, V: tl.constexpr):
-    """In bits, of the groups: for probabilities of (1 - y) h and (1 - y) u, else of h and u of all classes alike."""
+def sums_of_tiles(tiles, constants, VARIANT: tl.constexpr):
+    """(Σ h, Σ u) in bits for every group of some tiles, of all classes alike.
+
+    With probabilities they are Σ (1 - y) h and Σ (1 - y) u. With class indices the target is subtracted later (rows.py:
+    `sums_with_targets`).
+    """
     z, y, _, _ = tiles
-    if V.PROBABILITIES:
-        return weighted_sums_of_h_and_u(z, y, columns(numbers, z[0]), V.ADJACENT, V.CTAS, V.PTX)
+    if VARIANT.PROBABILITIES:
+        return weighted_sums_of_h_and_u(z, y, columns(constants, z[0]), VARIANT.ADJACENT, VARIANT.CTAS, VARIANT.PTX)
     else:
-        return sums_of_h_and_u(z, columns(numbers, z[0]), V.ADJACENT, V.CTAS, V.PTX)
+        return sums_of_h_and_u(z, columns(constants, z[0]), VARIANT.ADJACENT, VARIANT.CTAS, VARIANT.PTX)
 
 
 @triton.jit
-def sums_of_rows(h_sum, u_sum, edge, numbers, V: tl.constexpr):
-    """The same of rows, from their groups."""
-    if V.WINDOW:
+def sums_of_row(h_sum, u_sum, edge, constants, VARIANT: tl.constexpr):
+    """(Σ h, Σ u) in bits for each row, from those for its groups and from its edge; with 1 - y for probabilities."""
+    if VARIANT.WINDOW:
         z, y, _, _ = edge
-        h, u = coin_h_and_u(z, columns(numbers, z), V.PTX)
-        if V.PROBABILITIES:
+        h, u = coin_h_and_u(z, columns(constants, z), VARIANT.PTX)
+        if VARIANT.PROBABILITIES:
             h, u = (1.0 - y) * h, (1.0 - y) * u
         h_sum, u_sum = h_sum + h, u_sum + u
     return sum_pairs(h_sum, u_sum)
 
 
 @triton.jit
-def _gradient_of_tile(inputs, opts, z, y, wy, numbers, coefficients, V: tl.constexpr):
+def _gradient_of_tile(inputs, scalars, z, y, wy, constants, coefficients, VARIANT: tl.constexpr):
+    """The gradient at each class of a tile, of the tile's shape, as if there were no target among them."""
     coef_e, coef_u, coef_y = coefficients
-    if V.PROBABILITIES:
+    if VARIANT.PROBABILITIES:
         coef_u = column(coef_u, z) * (1.0 - y)
     else:
-        share, _ = shares(inputs, opts, V)
+        share, _ = shares(inputs, scalars, VARIANT)
         coef_u = column(coef_u * (1.0 - share), z)
-        if V.SMOOTHED:
+        if VARIANT.SMOOTHED:
             wy = share
-    has_y: tl.constexpr = V.HAS_Y or V.SMOOTHED
+    has_y: tl.constexpr = VARIANT.HAS_Y or VARIANT.SMOOTHED
     return gradient_of(
-        z, wy, columns(numbers, z), column(coef_e, z), coef_u, column(coef_y, z), opts.softcap, has_y, V.PTX
+        z, wy, columns(constants, z), column(coef_e, z), coef_u, column(coef_y, z), scalars.softcap, has_y, VARIANT.PTX
     )
 
 
 @triton.jit
-def _store_gradient(gradient_ptr, gradient_stride, rows, place, gradient, mask, V: tl.constexpr):
-    """``mask`` is None for all of the tile."""
+def _store_gradient(gradient_ptr, gradient_stride, row, place, gradient, mask, VARIANT: tl.constexpr):
+    """Write the gradient, of a tile's shape, to a place; all of it where `mask` is None.
+
+    A place counts elements of the logits. In a window the gradient has the logits' stride, and the elements are the
+    same.
+    """
     offsets, classes, _, _ = place
-    if not V.WINDOW:
-        offsets = column(rows * gradient_stride * V.ALIGN, gradient) + classes
+    if not VARIANT.WINDOW:
+        offsets = column(row * gradient_stride * VARIANT.ALIGN, gradient) + classes
     if mask is None:
         tl.store(gradient_ptr + offsets, gradient)
     else:
@@ -95,161 +109,213 @@ def _store_gradient(gradient_ptr, gradient_stride, rows, place, gradient, mask, 
 
 @triton.jit
 def store_gradient_of_tiles(
-    inputs, opts, gradient_ptr, gradient_stride, rows, counted, window, start, tiles, numbers, coefficients,
-    FULL: tl.constexpr, V: tl.constexpr,
+    inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, start, tiles, constants, coefficients,
+    FULL: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of tiles that lie in registers; all classes of the first FULL tiles are there."""
+    """Write the gradient of tiles that are in registers, without the target's part.
+
+    The first FULL tiles are full in every row, and need no mask.
+    """
     z, y, wy, _ = tiles
-    TILES: tl.constexpr = V.TILES  # or Triton 3.6 takes it for a number of the running program
+    TILES: tl.constexpr = VARIANT.TILES  # without the annotation Triton 3.6 takes it for a value of the running program
     for i in tl.static_range(TILES):
-        place = place_of_tile(inputs, rows, counted, window, start + i * V.BLOCK_K, V)
-        gradient = _gradient_of_tile(inputs, opts, z[i], y[i], wy[i], numbers, coefficients, V)
-        mask = place[2] if V.ROWS > 1 or i >= FULL else None
-        _store_gradient(gradient_ptr, gradient_stride, rows, place, gradient, mask, V)
+        place = place_of_tile(inputs, row, counted, window, start + i * VARIANT.BLOCK_K, VARIANT)
+        gradient = _gradient_of_tile(inputs, scalars, z[i], y[i], wy[i], constants, coefficients, VARIANT)
+        mask = place[2] if VARIANT.ROWS > 1 or i >= FULL else None
+        _store_gradient(gradient_ptr, gradient_stride, row, place, gradient, mask, VARIANT)
 
 
 @triton.jit
 def store_gradient_of_rest(
-    inputs, opts, gradient_ptr, gradient_stride, rows, counted, window, edge, targets, numbers, coefficients,
-    V: tl.constexpr,
+    inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, edge, targets, constants, coefficients,
+    VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """After the tiles: that of the edges and of the targets."""
-    if not V.PROBABILITIES:
+    """Write the gradient of each row's target and edge, after that of its tiles.
+
+    The tiles have written a gradient at the target as at any other class. The target's own gradient differs, and is
+    written over it. Only the thread that wrote the class before may do this: its two stores keep their order, where
+    another thread's store could come first. A store of one element would be done by the program's first thread. So the
+    whole tile with the target is stored again, under a mask that is true at the target alone: every thread is asked for
+    the same classes as before, and no barrier is needed. Example: with BLOCK_K = 2048, no window and g = 5000, this is
+    the tile of the classes 4096 to 6143, and the mask is true at class 5000.
+
+    The edge is stored once. If the target lies there, its gradient is put into the edge before the store, and the mask
+    of the tile is true nowhere.
+    """
+    if not VARIANT.PROBABILITIES:
         g, z_g, w_g = targets
         coef_e, coef_u, coef_y = coefficients
-        share, at_target = shares(inputs, opts, V)
+        share, at_target = shares(inputs, scalars, VARIANT)
         y_g = share + at_target
         gradient_g = gradient_of(
-            z_g, w_g * y_g, numbers, coef_e, coef_u * (1.0 - y_g), coef_y, opts.softcap, True, V.PTX
+            z_g, w_g * y_g, constants, coef_e, coef_u * (1.0 - y_g), coef_y, scalars.softcap, True, VARIANT.PTX
         )
-        # The whole tile that holds the target is stored once more, under a mask: its elements lie with the same threads
-        # as before, so that the second of two writes is the one that stays.
-        if V.ROWS == 1:
+        # The tile with the target once more, under a mask: the thread that wrote the class before writes it again.
+        if VARIANT.ROWS == 1:
             col = g.to(tl.int32) - window[1]
-            place = place_of_tile(inputs, rows, counted, window, col // V.BLOCK_K * V.BLOCK_K, V)
-            mask = place[1] == (tl.where(col < window[2], g, -1) if V.WINDOW else g).to(tl.int32)
+            place = place_of_tile(inputs, row, counted, window, col // VARIANT.BLOCK_K * VARIANT.BLOCK_K, VARIANT)
+            mask = place[1] == (tl.where(col < window[2], g, -1) if VARIANT.WINDOW else g).to(tl.int32)
         else:
-            place = place_of_tile(inputs, rows, counted, window, 0, V)
+            place = place_of_tile(inputs, row, counted, window, 0, VARIANT)
             mask = place[3] & (place[1] == g.to(tl.int32)[:, None])
         gradient_g = gradient_g.to(gradient_ptr.dtype.element_ty)
         gradient, _ = tl.broadcast(column(gradient_g, place[1]), place[1])
-        _store_gradient(gradient_ptr, gradient_stride, rows, place, gradient, mask, V)
-    if V.WINDOW:
+        _store_gradient(gradient_ptr, gradient_stride, row, place, gradient, mask, VARIANT)
+    if VARIANT.WINDOW:
         z, y, wy, _ = edge
-        place = place_of_edge(inputs, rows, window, V)
-        gradient = _gradient_of_tile(inputs, opts, z, y, wy, numbers, coefficients, V)
-        if not V.PROBABILITIES:
+        place = place_of_edge(inputs, row, window, VARIANT)
+        gradient = _gradient_of_tile(inputs, scalars, z, y, wy, constants, coefficients, VARIANT)
+        if not VARIANT.PROBABILITIES:
             gradient = tl.where(place[1] == g, gradient_g, gradient)
-        _store_gradient(gradient_ptr, gradient_stride, rows, place, gradient, place[2], V)
+        _store_gradient(gradient_ptr, gradient_stride, row, place, gradient, place[2], VARIANT)
 
 
 @triton.jit
-def store_no_gradient(inputs, gradient_ptr, gradient_stride, rows, counted, V: tl.constexpr):
-    """Zeros, of rows that are not counted."""
-    window = window_of(inputs, rows, V)
-    for start in range(0, inputs.num_classes * V.ALIGN, V.BLOCK_K):
-        place = place_of_tile(inputs, rows, counted, window, start, V)
-        _store_gradient(gradient_ptr, gradient_stride, rows, place, full_tile(V.BLOCK_K, 0.0, V), place[2], V)
-    if V.WINDOW:
-        place = place_of_edge(inputs, rows, window, V)
-        _store_gradient(gradient_ptr, gradient_stride, rows, place, full_tile(V.BLOCK_K // 8, 0.0, V), place[2], V)
+def store_no_gradient(inputs, gradient_ptr, gradient_stride, row, counted, VARIANT: tl.constexpr):
+    """Write zeros as the gradient of the program's rows, none of which counts."""
+    window = window_of(inputs, row, VARIANT)
+    for start in range(0, inputs.num_classes * VARIANT.ALIGN, VARIANT.BLOCK_K):
+        place = place_of_tile(inputs, row, counted, window, start, VARIANT)
+        zero = full_tile(VARIANT.BLOCK_K, 0.0, VARIANT)
+        _store_gradient(gradient_ptr, gradient_stride, row, place, zero, place[2], VARIANT)
+    if VARIANT.WINDOW:
+        place = place_of_edge(inputs, row, window, VARIANT)
+        zero = full_tile(VARIANT.BLOCK_K // 8, 0.0, VARIANT)
+        _store_gradient(gradient_ptr, gradient_stride, row, place, zero, place[2], VARIANT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The walks over the tiles of a row. `edge` is what `load_edge` returns.
+# The walks over the tiles of a row
 
 
 @triton.jit
-def _smoothed(lse, inputs, opts, V: tl.constexpr):
-    """The statistics of a row with y, from those with 1 in its place."""
+def _smoothed(lse, inputs, scalars, VARIANT: tl.constexpr):
+    """The five values of a row with y = ε/K, from those with 1 in the place of y.
+
+    Σ y over all classes is ε, and Σ y (z - m) is ε/K times Σ (z - m). A shard has its part of ε.
+    """
     m, exp_sum, _, z_sum, _ = lse
-    zero = zeros(V)
-    share, _ = shares(inputs, opts, V)
+    zero = zeros(VARIANT)
+    share, _ = shares(inputs, scalars, VARIANT)
     if inputs.all_classes is None:
-        return m, exp_sum, zero + value_of(opts.label_smoothing), share * z_sum, zero
+        return m, exp_sum, zero + value_of(scalars.label_smoothing), share * z_sum, zero
     else:
-        return m, exp_sum, zero + share * (inputs.num_classes * V.ALIGN), share * z_sum, zero
+        return m, exp_sum, zero + share * (inputs.num_classes * VARIANT.ALIGN), share * z_sum, zero
 
 
 @triton.jit
-def lse_of_tiles(inputs, opts, tiles, edge, V: tl.constexpr):
-    """m, s and the sums with y of rows that are held as tiles, and the reference of s."""
+def lse_of_tiles(inputs, scalars, tiles, edge, VARIANT: tl.constexpr):
+    """((m, s, Σ w y, Σ w y (z - m), ω), reference) of each row, from its tiles and its edge in registers.
+
+    s is relative to the reference (formulas.py: `reference_of`). Without HAS_Y and SMOOTHED the last three are 0: with
+    class indices only the target adds to them.
+    """
     z, _, wy, given = tiles
     edge_z = None
-    if V.WINDOW:
+    if VARIANT.WINDOW:
         edge_z = edge[0]
-    m = maximum_of(z, edge_z, V.ADJACENT, V.CTAS)
-    reference = reference_of(m, V.PTX)
-    exp_sum = sum_of_exps(z, edge_z, reference, V.ADJACENT, V.CTAS)
-    if V.HAS_Y:
+    m = maximum_of(z, edge_z, VARIANT.ADJACENT, VARIANT.CTAS)
+    reference = reference_of(m, VARIANT.PTX)
+    exp_sum = sum_of_exps(z, edge_z, reference, VARIANT.ADJACENT, VARIANT.CTAS)
+    if VARIANT.HAS_Y:
         finite = column(finite_maximum(m), z[0])
-        y_sum, yz_sum, omega = sums_of_y(z, wy, given, finite, V.ADJACENT, V.CTAS)
-        if V.WINDOW:
+        y_sum, yz_sum, omega = sums_of_y(z, wy, given, finite, VARIANT.ADJACENT, VARIANT.CTAS)
+        if VARIANT.WINDOW:
             _, _, edge_y, edge_yz, edge_omega = lse_of_edge(edge[0], edge[2], edge[3], True)
             edge_yz += edge_y * (finite_maximum(edge[0]) - finite)
             y_sum, yz_sum, omega = y_sum + edge_y, yz_sum + edge_yz, omega + edge_omega
         return (m, exp_sum, sum_of_row(y_sum), sum_of_row(yz_sum), sum_of_row(omega)), reference
-    elif V.SMOOTHED:
+    elif VARIANT.SMOOTHED:
         finite = column(finite_maximum(m), z[0])
-        _, z_sum, _ = sums_of_y(z, wy, wy, finite, V.ADJACENT, V.CTAS)
-        if V.WINDOW:
+        _, z_sum, _ = sums_of_y(z, wy, wy, finite, VARIANT.ADJACENT, VARIANT.CTAS)
+        if VARIANT.WINDOW:
             z_sum += tl.where(edge[1] == 0, 0.0, edge[0] - finite)
-        return _smoothed((m, exp_sum, zeros(V), sum_of_row(z_sum), zeros(V)), inputs, opts, V), reference
+        lse = m, exp_sum, zeros(VARIANT), sum_of_row(z_sum), zeros(VARIANT)
+        return _smoothed(lse, inputs, scalars, VARIANT), reference
     else:
-        return (m, exp_sum, zeros(V), zeros(V), zeros(V)), reference
+        return (m, exp_sum, zeros(VARIANT), zeros(VARIANT), zeros(VARIANT)), reference
 
 
 @triton.jit
-def walk_lse(inputs, opts, rows, counted, window, edge, V: tl.constexpr):
-    """What `lse_of_tiles` returns, of rows in memory."""
-    if V.WINDOW:
-        lse = lse_of_edge(edge[0], edge[2], edge[3], V.HAS_Y or V.SMOOTHED)
+def walk_lse(inputs, scalars, row, counted, window, edge, VARIANT: tl.constexpr):
+    """((m, s, Σ w y, Σ w y (z - m), ω), reference) of each row in memory, as `lse_of_tiles` has them; one read.
+
+    Every group has a maximum and sums of its own until the row ends, so no step waits for other threads.
+    """
+    if VARIANT.WINDOW:
+        lse = lse_of_edge(edge[0], edge[2], edge[3], VARIANT.HAS_Y or VARIANT.SMOOTHED)
     else:
-        none, zero = full_tile(V.BLOCK_K // 8, -INF, V), full_tile(V.BLOCK_K // 8, 0.0, V)
+        none, zero = full_tile(VARIANT.BLOCK_K // 8, -INF, VARIANT), full_tile(VARIANT.BLOCK_K // 8, 0.0, VARIANT)
         # Triton 3.6 and 3.8 rewrite a sum in a loop that begins at a constant, and fail if it is used twice afterwards.
         zero += tl.program_id(0).to(tl.float32) * 0.0
         lse = none, zero, zero, zero, zero
-    last = last_step(inputs, V)
-    for start in range(0, last, V.TILES * V.BLOCK_K):
-        z, _, wy, given = load_tiles(inputs, opts, rows, counted, window, start, V.TILES, V)
-        lse = add_to_lse(lse, z, wy, given, V.HAS_Y or V.SMOOTHED, V.ADJACENT)
-    z, _, wy, given = load_tiles(inputs, opts, rows, counted, window, last, 0, V)
-    lse = add_to_lse(lse, z, wy, given, V.HAS_Y or V.SMOOTHED, V.ADJACENT)
+    last = last_step(inputs, VARIANT)
+    for start in range(0, last, VARIANT.TILES * VARIANT.BLOCK_K):
+        z, _, wy, given = load_tiles(inputs, scalars, row, counted, window, start, VARIANT.TILES, VARIANT)
+        lse = add_to_lse(lse, z, wy, given, VARIANT.HAS_Y or VARIANT.SMOOTHED, VARIANT.ADJACENT)
+    z, _, wy, given = load_tiles(inputs, scalars, row, counted, window, last, 0, VARIANT)
+    lse = add_to_lse(lse, z, wy, given, VARIANT.HAS_Y or VARIANT.SMOOTHED, VARIANT.ADJACENT)
     m = largest_of_row(lse[0])
-    reference = reference_of(m, V.PTX)
-    lse = lse_of_rows(lse, reference, m, zeros(V), V.HAS_Y or V.SMOOTHED)
-    if V.SMOOTHED:
-        return _smoothed(lse, inputs, opts, V), reference
+    reference = reference_of(m, VARIANT.PTX)
+    lse = lse_of_row(lse, reference, m, zeros(VARIANT), VARIANT.HAS_Y or VARIANT.SMOOTHED)
+    if VARIANT.SMOOTHED:
+        return _smoothed(lse, inputs, scalars, VARIANT), reference
     else:
         return lse, reference
 
 
 @triton.jit
-def walk_sums(inputs, opts, rows, counted, window, edge, numbers, V: tl.constexpr):
-    """Σ h and Σ u as `sums_of_rows` has them, of rows in memory."""
-    last = last_step(inputs, V)
-    h_sum, u_sum = sums_of_tiles(load_tiles(inputs, opts, rows, counted, window, last, 0, V), numbers, V)
-    for start in range(0, last, V.TILES * V.BLOCK_K):
-        tiles = load_tiles(inputs, opts, rows, counted, window, start, V.TILES, V)
-        h, u = sums_of_tiles(tiles, numbers, V)
+def walk_sums(inputs, scalars, row, counted, window, edge, constants, VARIANT: tl.constexpr):
+    """(Σ h, Σ u) in bits for each row in memory, as `sums_of_row` has them; one read.
+
+    The last step comes first, while the other steps have nothing to wait for: it begins the sums.
+    """
+    last = last_step(inputs, VARIANT)
+    tiles = load_tiles(inputs, scalars, row, counted, window, last, 0, VARIANT)
+    h_sum, u_sum = sums_of_tiles(tiles, constants, VARIANT)
+    for start in range(0, last, VARIANT.TILES * VARIANT.BLOCK_K):
+        tiles = load_tiles(inputs, scalars, row, counted, window, start, VARIANT.TILES, VARIANT)
+        h, u = sums_of_tiles(tiles, constants, VARIANT)
         h_sum += h
         u_sum += u
-    return sums_of_rows(h_sum, u_sum, edge, numbers, V)
+    return sums_of_row(h_sum, u_sum, edge, constants, VARIANT)
 
 
 @triton.jit
 def walk_gradient(
-    inputs, opts, gradient_ptr, gradient_stride, rows, counted, window, numbers, coefficients, V: tl.constexpr
+    inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, constants, coefficients, VARIANT: tl.constexpr
 ):  # fmt: skip
-    """Write the gradient of rows in memory, a step of tiles at a time."""
-    last = last_step(inputs, V)
-    for start in range(0, last, V.TILES * V.BLOCK_K):
-        tiles = load_tiles(inputs, opts, rows, counted, window, start, V.TILES, V)
+    """Write the gradient of each row in memory, a step of tiles at a time; one read, one write."""
+    last = last_step(inputs, VARIANT)
+    for start in range(0, last, VARIANT.TILES * VARIANT.BLOCK_K):
+        tiles = load_tiles(inputs, scalars, row, counted, window, start, VARIANT.TILES, VARIANT)
         store_gradient_of_tiles(
-            inputs, opts, gradient_ptr, gradient_stride, rows, counted, window, start, tiles, numbers, coefficients,
-            V.TILES, V,
+            inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, start, tiles, constants, coefficients,
+            VARIANT.TILES, VARIANT,
         )  # fmt: skip
-    tiles = load_tiles(inputs, opts, rows, counted, window, last, 0, V)
+    tiles = load_tiles(inputs, scalars, row, counted, window, last, 0, VARIANT)
     store_gradient_of_tiles(
-        inputs, opts, gradient_ptr, gradient_stride, rows, counted, window, last, tiles, numbers, coefficients, 0, V
-    )
+        inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, last, tiles, constants, coefficients,
+        0, VARIANT,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_gradient(
+    inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, edge, tiles, targets, constants,
+    coefficients, VARIANT: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of each row: that of its tiles, in registers or in memory, then of its target and its edge."""
+    if VARIANT.RESIDENT:
+        store_gradient_of_tiles(
+            inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, 0, tiles, constants, coefficients,
+            VARIANT.FULL, VARIANT,
+        )  # fmt: skip
+    else:
+        walk_gradient(
+            inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, constants, coefficients, VARIANT
+        )
+    store_gradient_of_rest(
+        inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, edge, targets, constants, coefficients,
+        VARIANT,
+    )  # fmt: skip

@@ -139,8 +139,8 @@ class Gpu:
                     run(self, *arguments, warmup=True, grid=grid, **keywords)
                     os._exit(0)
                 if status := os.waitpid(child, 0)[1]:
-                    gpu.last = self.fn.__name__, "none", None, keywords.get("V")
-                    raise EmulationError(f"the compiler ends with signal {status}: {keywords.get('V')}")
+                    gpu.last = self.fn.__name__, "none", None, keywords.get("VARIANT")
+                    raise EmulationError(f"the compiler ends with signal {status}: {keywords.get('VARIANT')}")
             compiled = run(self, *arguments, warmup=True, grid=grid, **keywords)
             gpu.launch(self.fn.__name__, compiled, grid, keywords)
             return compiled
@@ -162,10 +162,11 @@ class Gpu:
             self.codes[key] = Code(text)
         code, metadata = self.codes[key], compiled.metadata
         self.variants[(name, key)] += 1
-        self.last = name, key, metadata, keywords.get("V")
-        if V := keywords.get("V"):
-            path = "loop" if not V.RESIDENT else "cluster" if metadata.num_ctas > 1 else "resident"
-            kind = "persistent" if V.STAGES else "rows" if V.ROWS > 1 else "window" if V.WINDOW else "plain"
+        self.last = name, key, metadata, keywords.get("VARIANT")
+        if variant := keywords.get("VARIANT"):
+            path = "loop" if not variant.RESIDENT else "cluster" if metadata.num_ctas > 1 else "resident"
+            kind = "rows" if variant.ROWS > 1 else "window" if variant.WINDOW else "plain"
+            kind = "persistent" if variant.STAGES else kind
             self.paths[(name, path, metadata.num_ctas, kind)] += 1
         if code.cta_threads != 32 * metadata.num_warps or code.cluster != metadata.num_ctas:
             raise EmulationError("metadata and PTX differ")
@@ -192,7 +193,7 @@ class Gpu:
             self.found = machine.hazards or self.found
             self.hazards += machine.hazards
             for hazard, example in machine.examples.items():
-                self.examples.setdefault((name, key[:8], *hazard), f"{example}; {keywords.get('V')}")
+                self.examples.setdefault((name, key[:8], *hazard), f"{example}; {keywords.get('VARIANT')}")
             self.notes += Counter({(name, text): n for (text, _), n in machine.notes.items()})
             self.executed += machine.executed
         for segment in segments:
@@ -512,11 +513,12 @@ class Run:
         hazard = sum(self.gpu.hazards.values()) - hazards
         bad = self.check.failures[failures:]
         if self.verbose or bad or hazard:
-            _, key, metadata, V = self.gpu.last
-            V = "" if V is None else f"stages={V.STAGES} rows={V.ROWS} tiles={V.TILES}x{V.BLOCK_K} window={V.WINDOW}"
+            _, key, metadata, variant = self.gpu.last
+            kind = "" if variant is None else (f"stages={variant.STAGES} rows={variant.ROWS} "
+                                               f"tiles={variant.TILES}x{variant.BLOCK_K} window={variant.WINDOW}")  # fmt: skip
             shape = f"warps={metadata.num_warps} ctas={metadata.num_ctas}" if metadata else ""
             print(f"{time.time() - started:6.1f}s {'FAIL' if bad else 'ok'} {hazard} hazards  {context}  "
-                  f"[{key[:8]} {shape} {V}]", flush=True)  # fmt: skip
+                  f"[{key[:8]} {shape} {kind}]", flush=True)  # fmt: skip
         for line in bad:
             print("        ", line, flush=True)
         if hazard:
