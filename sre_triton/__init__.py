@@ -13,6 +13,7 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
     functional      loss.py, linear.py: the public functions;  modules.py, schedule.py
     arguments       checks.py: what the user passes;  messages.py: what an error says;  layer.py: a layer, or more
     definition      reference.py;  eager.py: the same in few operations, for plain autograd
+    PyTorch         internals.py: its private names, each with a way to do without
     gradients       autograd.py: the two ways to one;  chunks.py, flops.py: linear + loss, a chunk of rows at a time
     the seam        primitives.py: five signatures, registered with PyTorch;  backend.py: who computes them
     kernels/        Triton, for GPUs

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .backend import primitives
-from .primitives import DOUBLE_BACKWARD, FORWARD_AD, is_batched, is_watched, kept_options, options_again
+from .internals import is_batched, is_watched
+from .primitives import DOUBLE_BACKWARD, FORWARD_AD, kept_options, options_again
 
 SECOND_BACKWARD = (
     "self_regularized_entropy: the gradient was computed together with the loss and handed over by the first backward; "

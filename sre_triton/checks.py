@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.masked import MaskedTensor
 from torch.nn.parameter import UninitializedTensorMixin
 
+from .internals import is_watched
 from .messages import of_shape, warn_user, wrong
-from .primitives import is_watched, value_on_cpu
+from .primitives import value_on_cpu
 from .sharding.shard import VocabShard
 
 GAPS = (UninitializedTensorMixin, MaskedTensor)

@@ -25,8 +25,9 @@ from .checks import (
     under_autocast,
 )
 from .chunks import How, linear_losses_and_gradients
+from .internals import hidden_from_modes, is_exporting, is_watched
 from .loss import backend_of, factor_of, is_transformed, options_of, per_class_of, result_of, returned, share_of
-from .primitives import DOUBLE_BACKWARD, hidden_from_modes, is_exporting, is_watched, kept_options, options_again
+from .primitives import DOUBLE_BACKWARD, kept_options, options_again
 from .reference import Parts
 from .sharding.shard import VocabShard
 

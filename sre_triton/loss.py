@@ -22,7 +22,8 @@ from .checks import (
     of_shard,
     warn_once,
 )
-from .primitives import NUM_LOSSES, hidden_from_modes, is_exporting, is_watched, value_on_cpu
+from .internals import hidden_from_modes, is_exporting, is_watched
+from .primitives import NUM_LOSSES, value_on_cpu
 from .reference import Parts, compute_dtype, sample_weights
 from .sharding.collectives import row_loss
 from .sharding.shard import VocabShard

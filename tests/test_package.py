@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 # Each file imports only from those before it.
 ORDER = [
     "messages",
+    "internals",
     "reference",
     "eager",
     "primitives",
