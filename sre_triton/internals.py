@@ -194,6 +194,12 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+@constant_while_compiling
+def _is_there(path: str) -> bool:
+    """Whether a private name is found. (Dynamo cannot trace how it is looked up.)"""
+    return find(path) is not None
+
+
 def may_hold(condition: bool) -> bool:
     """Whether it holds, or is of a number that a graph computes (``x.item()``), which while tracing nobody knows.
 
@@ -202,8 +208,9 @@ def may_hold(condition: bool) -> bool:
     graph where there is none.
     """
     if torch.compiler.is_compiling():
-        guard_or_true = getattr(torch.fx.experimental.symbolic_shapes, "guard_or_true", None)
-        return bool(condition) if guard_or_true is None else guard_or_true(condition)
+        if not _is_there("torch.fx.experimental.symbolic_shapes:guard_or_true"):
+            return bool(condition)
+        return torch.fx.experimental.symbolic_shapes.guard_or_true(condition)
     return condition
 
 
@@ -419,14 +426,18 @@ def compile_and_catch(graph: torch.fx.GraphModule, inputs: list, options: dict) 
     compile_fx = find("torch._inductor.compile_fx:compile_fx")
     compile_fx_inner = find("torch._inductor.compile_fx:compile_fx_inner")
     has_cache = find("torch._functorch.config:enable_autograd_cache") is not None
-    patch = find("torch._functorch.config:patch") if has_cache else None
     caught = []
 
     def compile_inner(*args, **keywords):
         caught.append(compile_fx_inner(*args, **keywords))
         return caught[-1]
 
-    with contextlib.nullcontext() if patch is None else patch(enable_autograd_cache=False):
+    without_cache = contextlib.nullcontext()
+    if has_cache:
+        from torch._functorch import config
+
+        without_cache = config.patch(enable_autograd_cache=False)
+    with without_cache:
         return compile_fx(graph, inputs, compile_inner, known_options(options)), caught
 
 
