@@ -196,7 +196,7 @@ def is_exporting() -> bool:
 
 @constant_while_compiling
 def _is_there(path: str) -> bool:
-    """Whether a private name is found. (Dynamo cannot trace how it is looked up.)"""
+    """Whether a private name is found. Dynamo cannot trace how it is looked up."""
     return find(path) is not None
 
 

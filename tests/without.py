@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 
+import pytest
 import torch
 import torch._dynamo
 import torch._inductor.compile_fx
@@ -68,8 +69,7 @@ def removed(path):
 def found_without(path):
     """The package, imported while a name is gone."""
     if path == MARK:
-        import sre_triton.backend
-        import sre_triton.checks
+        import sre_triton  # noqa: F401
 
         rooms = [room for name, room in sys.modules.items() if name.startswith("sre_triton.")]
         marked = {id(f): f for room in rooms for f in vars(room).values() if hasattr(f, "_dynamo_marked_constant")}
@@ -153,12 +153,8 @@ def transformed(case):
     case.check(case.loss, weight, torch.func.grad(case.of_layer)(weight))
     both = torch.func.vmap(torch.func.grad(case.of_logits))(torch.stack([case.z, case.z * 1]))
     case.check(case.loss, case.z, both[1])
-    try:
+    with pytest.raises((NotImplementedError, RuntimeError), match="forward"):  # not a derivative of 0
         torch.func.jvp(case.of_logits, (case.z,), (case.z,))
-    except (NotImplementedError, RuntimeError) as error:
-        assert "forward" in str(error), error
-    else:
-        raise AssertionError("a derivative in forward mode, which is 0")
 
 
 def batched(case):
@@ -201,25 +197,39 @@ def exported(case):
     close(loss, case.loss, 5e-6)
 
 
-def compiled(case):
-    """The package's own compilation, and what switches it off."""
+def switched(case):
+    """The package's own compilation of the loss, and what switches it off."""
+    compiled(case, switches=True)
+
+
+def compiled(case, switches=False):
+    """The same, of the gradient too."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     from sre_triton.compiled import inductor
 
     inductor._uncompiled.clear()
-    with torch.compiler.set_stance("force_eager"):
+    leaf = case.z.clone().requires_grad_()
+
+    def step():
         close(case.of_logits(case.z), case.loss, 5e-6)
+        if switches:
+            return
+        case.check(case.of_logits(leaf), leaf)
+
+    with torch.compiler.set_stance("force_eager"):
+        step()
     assert not inductor._compiled, "compiled while that is switched off"
     graph = make_fx(lambda z: case.of_logits(z))(case.z)
-    case.step()
-    assert inductor._compiled, "nothing is compiled"
-    assert all(inductor._compiled.values())
-    close(graph(case.z), case.loss, 5e-6)
+    assert not inductor._compiled, "compiled while make_fx traces"
+    step()
+    assert len(inductor._compiled) == (1 if switches else 2)
+    assert all(inductor._compiled.values()), "a compilation has failed"
     make_fx(lambda z: case.of_logits(z))(case.z)
+    close(graph(case.z), case.loss, 5e-6)
     for stance in ("force_eager", "eager_on_recompile", "fail_on_recompile"):
         with torch.compiler.set_stance(stance):
-            case.step()
+            step()
 
 
 def sharded(case):
@@ -268,10 +278,11 @@ def checks_of(path):
         "_process_group": [sharded],
         "guard_or_true": [guarded],
         "_dynamo_marked": [traced],
-        "_stance": [compiled],
-        "config": [compiled],
+        "_stance": [switched],
+        "_dynamo.config": [switched],
+        "_functorch.config": [compiled],
         "_inductor": [compiled],
-        "fx._symbolic": [compiled],
+        "fx._symbolic": [switched],
     }
     chosen = [check for part, checks in about.items() if part in path for check in checks]
     return [plain, *dict.fromkeys(chosen)]
