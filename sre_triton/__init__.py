@@ -10,11 +10,13 @@ For one row of logits z with target class g, p = softmax(z) and c = 1e-7:
 The letters, everywhere in the code: N rows, K classes, D features of a linear layer, c the suppression level,
 lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the weight of S, ε label smoothing, α z-loss.
 
-    functional      loss.py, linear.py: the public functions;  modules.py, schedule.py
-    arguments       checks.py: what the user passes;  messages.py: what an error says;  layer.py: a layer, or more
-    definition      reference.py;  eager.py: the same in few operations, for plain autograd
-    gradients       autograd.py: the two ways to one;  chunks.py, flops.py: linear + loss, a chunk of rows at a time
-    the seam        primitives.py: five signatures, registered with PyTorch;  backend.py: who computes them
+    what people call    functional.py: the two functions;  modules.py, schedule.py
+    a call              options.py: every keyword;  checks.py, arguments.py: tensors in;  results.py: results out
+                        messages.py: what errors and warnings say;  layer.py: whether a layer is only a product
+    the definition      reference.py;  eager.py: the same in few operations, for plain autograd
+    gradients           autograd.py: of logits;  linear.py, chunks.py, flops.py: of a linear layer, a chunk at a time
+    the seam            primitives.py: five signatures, registered with PyTorch;  backend.py: who computes them
+    PyTorch             internals.py: its private names, each with a way to do without
     kernels/        Triton, for GPUs
         groups.py, formulas.py      the mathematics of a tile of classes
         rows.py, memory.py          the statistics of a row; where its classes lie in memory

@@ -14,8 +14,8 @@ from .checks import (
     is_dtensor,
     of_shard,
 )
+from .internals import is_exporting
 from .options import Options, check_many_classes, check_options
-from .primitives import is_exporting
 
 
 class Arguments(NamedTuple):

@@ -10,12 +10,12 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import eager
 from .arguments import Arguments
 from .backend import primitives
-from .primitives import DOUBLE_BACKWARD, FORWARD_AD, is_batched, is_watched, kept_options, options_again
+from .internals import is_batched, is_transformed, is_watched
+from .primitives import DOUBLE_BACKWARD, FORWARD_AD, kept_options, options_again
 from .results import Call, reduced
 from .sharding.collectives import row_loss
 
@@ -23,11 +23,6 @@ SECOND_BACKWARD = (
     "self_regularized_entropy: the gradient was computed together with the loss and handed over by the first backward; "
     "pass recompute=True to run backward through the same graph again"
 )
-
-
-def is_transformed() -> bool:
-    """Whether somebody differentiates or batches whose tensors need not say that they require a gradient."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_functional(grad_loss: Tensor) -> bool:

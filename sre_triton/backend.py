@@ -6,11 +6,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .internals import constant_while_compiling, is_jit_tracing, under_functorch
 from .messages import warn_once
 
 GPUS = ("cuda", "xpu")  # AMD's are "cuda" too
 
 
+@constant_while_compiling
 def has_triton(device: torch.device) -> bool:
     """Whether Triton is installed and compiles for the device, or interprets on a CPU."""
     if importlib.util.find_spec("triton") is None:
@@ -24,10 +26,6 @@ def has_triton(device: torch.device) -> bool:
     return device.type in (*GPUS, "meta")
 
 
-# While compiling it is called, not traced.
-has_triton._dynamo_marked_constant = True
-
-
 def choose(backend: str | None, logits: Tensor, differentiable_arguments: bool) -> str:
     """The backend that serves ``logits``.
 
@@ -37,14 +35,14 @@ def choose(backend: str | None, logits: Tensor, differentiable_arguments: bool) 
         differentiable_arguments: whether a gradient for more than the logits (target probabilities, their class
             weights) is wanted, which only plain autograd gives.
     """
-    if backend != "eager" and torch._C._get_tracing_state() is not None:
+    if backend != "eager" and is_jit_tracing():
         raise RuntimeError(
             "sre_triton: torch.jit.trace sees only what PyTorch's own operations compute; pass backend='eager', which "
             "is made of them but knows no sharded classes, or use torch.export.export"
         )
     if backend is None:
         # Inside torch.compile, torch.func transforms see through plain operations only.
-        transformed = torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        transformed = torch.compiler.is_compiling() and under_functorch()
         if differentiable_arguments or transformed:
             return "eager"
         on_gpu = logits.device.type in GPUS and logits.dtype != torch.float64

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.masked import MaskedTensor
 from torch.nn.parameter import UninitializedTensorMixin
 
+from .internals import is_watched, may_hold, under_functorch
 from .messages import of_shape, wrong
-from .primitives import is_watched
 from .sharding.shard import VocabShard
 
 GAPS = (UninitializedTensorMixin, MaskedTensor)
@@ -22,13 +22,6 @@ INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REALS = (*FLOATS, *INDICES, torch.uint16, torch.uint32, torch.uint64)
 CLASSES_ARE_DIMENSION_1 = "dimension 1 of the logits is the classes: pass input.movedim(-1, 1)"
 AS_TENSOR = "torch.as_tensor makes one of a list, an array or a number"
-
-
-def may_hold(condition: bool) -> bool:
-    """Whether it holds, or is of a number that a graph computes (``x.item()``), which while tracing nobody knows."""
-    if torch.compiler.is_compiling():
-        return torch.fx.experimental.symbolic_shapes.guard_or_true(condition)
-    return condition
 
 
 def is_dtensor(value: object) -> bool:
@@ -284,7 +277,7 @@ def check_range(target: Tensor, num_classes: int, ignore_index: int) -> bool:
 
 def check_inplace(input: Tensor) -> None:
     """Whether ``inplace=True`` may take the logits' storage: not a parameter's, not under a transform."""
-    if torch._C._are_functorch_transforms_active():
+    if under_functorch():
         raise ValueError("inplace: expected False under torch.func transforms, got True")
     for tensor in (input, input._base):
         if tensor is not None and tensor.is_leaf and tensor.requires_grad:

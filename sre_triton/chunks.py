@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .backend import primitives
 from .flops import count_flops
+from .internals import hidden_from_modes
 from .primitives import (
     DOUBLE_BACKWARD,
     NUM_LOSSES,
@@ -30,7 +31,6 @@ from .primitives import (
     OTHER_GRADIENTS,
     RowOptions,
     as_tensors,
-    hidden_from_modes,
     kept_options,
     needs_dispatch,
     options_again,

@@ -5,8 +5,6 @@ import importlib.util
 import sys
 from collections.abc import Callable
 
-import torch
-
 COUNTER = "torch.utils.flop_counter"
 
 
@@ -36,7 +34,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
         return spec
 
 
-def count_flops(op: torch._ops.OpOverloadPacket, formula: Callable[..., int]) -> None:
+def count_flops(op: Callable, formula: Callable[..., int]) -> None:
     """``formula`` takes the arguments of the op, shapes in place of tensors, and ``out_shape``."""
 
     def register(module):

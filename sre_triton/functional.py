@@ -4,9 +4,9 @@ from torch import Tensor
 
 from .arguments import of_linear, of_logits
 from .autograd import loss_of_logits
+from .internals import hidden_from_modes
 from .linear import loss_of_linear
 from .options import Options
-from .primitives import hidden_from_modes
 from .reference import Parts
 from .results import result_of
 from .sharding.shard import VocabShard

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module as nn_module
 
 from .checks import is_dtensor
+from .internals import global_hooks, without_torch_function
 
 LINEAR = torch.nn.Linear
 FORWARD = LINEAR.forward  # what others put in its place does more, perhaps
@@ -21,13 +21,8 @@ FORWARD = LINEAR.forward  # what others put in its place does more, perhaps
 
 def _only_watched() -> bool:
     """Whether the hooks of all modules are those of PyTorch's trackers."""
-    hooks = (
-        *nn_module._global_forward_pre_hooks.values(),
-        *nn_module._global_forward_hooks.values(),
-        *nn_module._global_backward_pre_hooks.values(),
-        *nn_module._global_backward_hooks.values(),
-    )
-    return all((getattr(hook, "__module__", None) or "").startswith("torch.") for hook in hooks)
+    hooks = global_hooks()
+    return hooks is not None and all((getattr(hook, "__module__", None) or "").startswith("torch.") for hook in hooks)
 
 
 def _is_multiplied(parameter: Tensor | None) -> bool:
@@ -35,8 +30,7 @@ def _is_multiplied(parameter: Tensor | None) -> bool:
     kind = type(parameter)
     if parameter is None or kind in (Tensor, torch.nn.Parameter) or is_dtensor(parameter):
         return True
-    plain = kind.__torch_function__ is torch._C._disabled_torch_function_impl
-    return plain and not hasattr(kind, "__tensor_flatten__")
+    return without_torch_function(kind) and not hasattr(kind, "__tensor_flatten__")
 
 
 def _closure(hook: Callable) -> dict[str, object]:
@@ -70,7 +64,7 @@ def features_of(layer: torch.nn.Module, input: Tensor) -> Tensor | None:
         or kind.__call__ is not LINEAR.__call__  # which tracers replace
         or "forward" in layer.__dict__
         or layer._compiled_call_impl is not None
-        or (nn_module._has_any_global_hook() and not _only_watched())
+        or not _only_watched()
     ):
         return None
     for parameter in layer._parameters.values():

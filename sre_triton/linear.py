@@ -13,11 +13,12 @@ from torch import Tensor
 
 from . import eager
 from .arguments import Arguments
-from .autograd import apply, is_functional, is_transformed
+from .autograd import apply, is_functional
 from .backend import primitives
 from .checks import under_autocast
 from .chunks import How, linear_losses_and_gradients
-from .primitives import DOUBLE_BACKWARD, is_watched, kept_options, options_again
+from .internals import is_transformed, is_watched, will_execute
+from .primitives import DOUBLE_BACKWARD, kept_options, options_again
 from .results import Call, reduced
 
 SECOND_BACKWARD = (
@@ -27,20 +28,12 @@ SECOND_BACKWARD = (
 NO_GRADIENTS = (False, False, False)
 
 
-def _is_asked_for(node: torch.autograd.graph.Node) -> bool:
-    """Whether the backward that runs goes on to a node."""
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # of a leaf whose gradient autograd.grad is to return, or in no backward at all
-        return True
-
-
 def _asked_for(ctx, wanted: tuple[bool, bool, bool]) -> tuple[bool, ...]:
     """Which of the gradients the backward that runs is for: pipelines run one for the input's, another for the rest."""
     if is_watched():
         return wanted
     edges = ctx.next_functions
-    return tuple(want and _is_asked_for(edges[i][0]) for i, want in enumerate(wanted))
+    return tuple(want and will_execute(edges[i][0]) for i, want in enumerate(wanted))
 
 
 class LinearSinglePass(torch.autograd.Function):

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.masked import MaskedTensor
 from torch.nn.parameter import UninitializedTensorMixin
 
+from .internals import constant_while_compiling
+
 LONGEST = 200  # characters of a value
 MOST_DIMENSIONS = 10
 
@@ -107,14 +109,10 @@ ONCE = {
 _warned: set[str] = set()  # of ONCE
 
 
+@constant_while_compiling
 def warn_once(what: str) -> None:
     """Warn with a text of ``ONCE``, once a process, at the user's line."""
     if what in _warned:
         return
     _warned.add(what)
     warn_user(ONCE[what])
-
-
-# While compiling it runs once, as the graph is traced. (torch.compiler.assume_constant_result sets no more than this
-# attribute, but importing it loads Dynamo.)
-warn_once._dynamo_marked_constant = True

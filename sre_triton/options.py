@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import REALS, check_dense, check_size, is_dtensor, may_hold
+from .checks import REALS, check_dense, check_size, is_dtensor
+from .internals import may_hold
 from .messages import MANY_CLASSES, warn_once, wrong
 from .primitives import RowOptions, value_on_cpu
 from .reference import compute_dtype

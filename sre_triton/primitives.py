@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from .internals import hidden_from_modes, in_forward_mode, is_batched, is_watched
 from .reference import compute_dtype
 
 DOUBLE_BACKWARD = (
@@ -139,54 +139,6 @@ PRIMITIVES = {
 }
 
 
-def is_watched() -> bool:
-    """Whether a tracer, a transform or a dispatch mode looks at what is computed, and values may not be there."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
-def hidden_from_modes(function: Callable) -> Callable:
-    """The function, of which a ``TorchFunctionMode`` sees nothing unless it is called with ``backend="eager"``.
-
-    What is compiled cannot show itself to modes, and kernels have nothing to show. So that the same call has the same
-    result everywhere, the operations around them are not shown either. (A backward shows itself to no mode: PyTorch
-    has set them all aside by then.)
-    """
-
-    @functools.wraps(function)
-    def call(*args, **keywords):
-        if not torch._C._len_torch_function_stack() or keywords.get("backend") == "eager":
-            return function(*args, **keywords)
-        if torch.compiler.is_compiling():
-            with torch._C.DisableTorchFunction():
-                return function(*args, **keywords)
-        modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
-        try:
-            return function(*args, **keywords)
-        finally:
-            for mode in reversed(modes):
-                torch._C._push_on_torch_function_stack(mode)
-
-    return call
-
-
-def is_exporting() -> bool:
-    """Whether torch.export traces a program, which keeps the ops and none of the Functions around them."""
-    return torch.compiler.is_exporting()
-
-
-# While compiling it is called, not traced, as Dynamo takes torch.compiler's own for true in torch 2.11.
-is_exporting._dynamo_marked_constant = True
-
-
-def is_batched(tensor: object) -> bool:
-    """Whether ``torch.autograd.grad(is_grads_batched=True)`` runs, whose tensors hide their batch dimension."""
-    return isinstance(tensor, Tensor) and torch._C._functorch.is_legacy_batchedtensor(tensor)
-
-
 def needs_dispatch(logits: Tensor, args: tuple) -> bool:
     """Whether the call must pass PyTorch's dispatcher: for a watcher, or for tensors that are not plain."""
     plain = type(logits) in (Tensor, torch.nn.Parameter) and not logits.is_meta
@@ -260,7 +212,7 @@ def without_forward_ad(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def compute(*args):
-        if forward_ad._current_level >= 0:
+        if in_forward_mode():
             raise NotImplementedError(FORWARD_AD)
         return function(*args)
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .internals import register_namedtuple
+
 
 class Parts(NamedTuple):
     """The parts of the loss, detached and reduced as the loss is.
@@ -33,7 +35,7 @@ class Parts(NamedTuple):
 
 
 # Programs that return it can be saved (torch.export.save).
-torch.utils._pytree._register_namedtuple(Parts, serialized_type_name="sre_triton.Parts")
+register_namedtuple(Parts, "sre_triton.Parts")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .arguments import Arguments
 from .backend import backend_of, primitives
-from .primitives import NUM_LOSSES, RowOptions, is_batched, is_watched
+from .internals import is_batched, is_watched
+from .primitives import NUM_LOSSES, RowOptions
 from .reference import Parts, compute_dtype, sample_weights
 
 

@@ -22,6 +22,7 @@ from sre_triton import functional, modules, schedule
 ROOT = Path(__file__).parents[1]
 # Each file imports only from those before it.
 ORDER = [
+    "internals",
     "messages",
     "reference",
     "primitives",

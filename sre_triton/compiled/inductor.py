@@ -14,16 +14,14 @@ import inspect
 import itertools
 import logging
 import operator
-import os
-import sys
 import threading
 import time
-import types
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .. import internals
 from ..messages import warn_user
 from .passes import SHORT, Scalars
 
@@ -90,107 +88,132 @@ def _flat(args: tuple) -> list:
 
 
 def _of_shapes(guards: list) -> list[bool]:
-    """Which guards Dynamo is to check, where it is called: dtypes and devices are in the key, and no mode matters."""
+    """Which guards Dynamo checks at a call of what torch.compile returned: those of shapes, and no other.
+
+    The key under which a version is kept says all else: ``_compiled[key]`` of float32 logits never gets others.
+    """
     return [guard.guard_type == "SHAPE_ENV" for guard in guards]
 
 
 def _hold_for_all_shapes(graph_inputs: list, is_short: bool) -> bool:
-    """Whether what Dynamo and Inductor took for granted of N and K is true of all that the version is for."""
+    """Whether a compiled version is right for every number of rows and classes that it may be called with.
+
+    The version was compiled for zeros of one shape, 96 rows of 512 (or 2048) classes, with N and K as symbols. On the
+    way Dynamo and Inductor noted what they took for granted of the symbols, as relations: K >= 8, or N * K < 2**31 for
+    indices of 32 bits. Nobody checks the relations when Inductor's result is called directly.
+
+    So each relation is evaluated here, for shapes that stand for all others: the smallest, odd ones, the last before
+    another version begins, and very large ones. N * K < 2**31 is false of 2**33 + 1 rows: such a version is called
+    through torch.compile's own result, which checks the relations at each call.
+    """
     import sympy
 
-    sizes = [size.node for size in graph_inputs if isinstance(size, torch.SymInt)]
-    guards = [guard.expr for guard in sizes[0].shape_env.guards]
+    found = internals.sizes_and_guards(graph_inputs)
+    if found is None:
+        return False
+    sizes, relations = found
     all_classes = (8, 9, 16, 1000, SHORT) if is_short else (SHORT + 1, 2 * SHORT, 5003, 2**33, 2**33 + 1)
     for num_rows, num_classes in itertools.product((2, 3, 64, 2**33 + 1), all_classes):
-        values = {size.expr: num_rows if size.hint == STAND_IN_ROWS else num_classes for size in sizes}
-        if any(guard.subs(values) is not sympy.true for guard in guards):
+        values = {symbol: num_rows if value == STAND_IN_ROWS else num_classes for symbol, value in sizes}
+        if any(relation.subs(values) is not sympy.true for relation in relations):
             return False
     return True
 
 
-def _switched_off() -> str | None:
-    """Why torch.compile would return what it is given, if it would."""
-    from torch._dynamo import config, eval_frame
+class _Catcher:
+    """A backend of torch.compile, which keeps Inductor's own result and learns how to call it.
 
-    if config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
-        return "torch.compile is disabled (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE or torch._dynamo.config.disable)"
-    if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
-        return "make_fx traces, under which torch.compile compiles nothing"
-    stance = eval_frame._stance
-    if stance.stance == "default" and stance.backend is None:
-        return None
-    return f"torch.compiler.set_stance({stance.stance!r})" + (stance.backend is not None) * " forces another backend"
+    Inductor's result takes the arguments of a pass in one list, in an order that Dynamo chose. The order is learnt from
+    one call: the arguments, flat, are [z, y, w], the graph gets (w, z), so the order is [2, 0].
+
+    Args:
+        flat: the arguments of the call that the order is learnt from, as ``_flat`` gives them.
+        is_short: whether the version is for rows of ``SHORT`` classes at most.
+    """
+
+    def __init__(self, flat: list, is_short: bool) -> None:
+        self.flat, self.is_short = flat, is_short
+        self.was_asked = self.for_all_shapes = False
+        self.inner: Callable | None = None
+        self.order: list[int] = []
+        self.is_learning = True
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        """What Dynamo calls in place of the graph. Dynamo may ask twice: at first it takes a number for a symbol."""
+        self.was_asked = True
+        whole, caught = internals.compile_and_catch(graph, inputs, INDUCTOR)
+        self.inner = caught[-1] if caught else None
+        self.for_all_shapes = _hold_for_all_shapes(inputs, self.is_short)
+
+        def run(*inputs):
+            if self.is_learning and not self.order:
+                self.order.extend(map(self._place, inputs))
+            return whole(*inputs)
+
+        return run
+
+    def _place(self, given: Tensor | int) -> int:
+        """Where an input of the graph stands among the flat arguments: tensors are the same, sizes are equal."""
+        is_size = isinstance(given, int)
+        same = (x == given if is_size and isinstance(x, int) else x is given for x in self.flat)
+        return list(same).index(True)
+
+    def shortcut(self) -> Callable[[tuple], tuple[Tensor, ...]] | None:
+        """The call of Inductor's own result, given the arguments of a pass; None where nobody can call it so."""
+        self.is_learning = False
+        self.flat = []  # which nobody needs again
+        if self.inner is None or not self.for_all_shapes or not internals.is_stance_known():
+            return None
+        inner, pick = self.inner, operator.itemgetter(*self.order)
+        return lambda args: inner(list(pick(_flat(args))))
 
 
 def _compile(function: Callable, args: tuple) -> Callable[[tuple], tuple[Tensor, ...]]:
-    """The function of ``args``, compiled.
+    """A pass compiled: a function that takes the arguments of the pass in one tuple, and returns what the pass returns.
 
-    torch.compile is asked once. At each call after that it would take 35 us to check what the key says and to arrange
-    the arguments, a third of what 256 rows of 1000 classes take on two cores; so Inductor's own result is called, with
-    the arguments in the order in which it was seen to get them. (Unless it is not for all shapes: on a GPU, whose
-    indices may have 32 bits.)
+    One version serves every shape, so torch.compile is asked once, with zeros in place of the arguments. Later calls
+    go around torch.compile. Its result would take 35 us a call to check dtypes and devices, which the key of the
+    version says already: a third of the time for 256 rows of 1000 classes on two cores. So they go to Inductor's own
+    result, which ``_Catcher`` kept. Where this cannot be (a version that is not for all shapes, as on a GPU, whose
+    indices may have 32 bits; a private name that is gone), calls go to torch.compile's result.
     """
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
     logits = args[0]
-    what = f"{function.__name__} for {str(logits.dtype).removeprefix('torch.')} logits on {logits.device}"
     is_short = logits.shape[1] <= SHORT
     names = inspect.signature(function).parameters
     stand_ins = tuple(_stand_in(name, arg, is_short) for name, arg in zip(names, args, strict=True))
-    flat = _flat(stand_ins)
-    inner, order, for_all_shapes, noting = None, [], False, True
-    started = None
+    clone = internals.clone(function, f"{function.__name__}_{len(_compiled)}")  # each key has its own
+    options = {"guard_filter_fn": _of_shapes}
+    catcher = _Catcher(_flat(stand_ins), is_short) if internals.inductor_is_open() else None
+    if catcher is None:
+        options |= internals.known_options(INDUCTOR)
+    checked = torch.compile(clone, backend=catcher or "inductor", dynamic=True, fullgraph=True, options=options)
 
-    def compile_inner(*args, **kwargs):
-        nonlocal inner
-        inner = compile_fx_inner(*args, **kwargs)
-        return inner
-
-    def backend(graph, inputs):
-        nonlocal for_all_shapes, started
-        if started is None:  # else Dynamo has started again, knowing that a number is a constant
-            started = time.perf_counter()
-            text = "compiling %s, once for each set of options: 2 to 15 seconds, unless Inductor has it cached"
-            logger.warning(text, what)
-        # The cache of AOTAutograd would return all it makes around Inductor's result; Inductor has its own.
-        with torch._functorch.config.patch(enable_autograd_cache=False):
-            whole = compile_fx(graph, inputs, compile_inner, dict(INDUCTOR))
-        for_all_shapes = _hold_for_all_shapes(inputs, is_short)
-        logger.info("compiled %s in %.1f s", what, time.perf_counter() - started)
-        started = None
-
-        def note_order(*inputs):
-            for given in inputs[len(order) :] if noting else ():
-                same = (x == given if isinstance(given, int) and isinstance(x, int) else x is given for x in flat)
-                order.append(list(same).index(True))
-            return whole(*inputs)
-
-        return note_order
-
-    # Dynamo keeps what it compiled by code object: each key has its own.
-    code = function.__code__.replace(co_name=f"{function.__name__}_{len(_compiled)}")
-    clone = types.FunctionType(code, function.__globals__)
-    checked = torch.compile(
-        clone, backend=backend, dynamic=True, fullgraph=True, options={"guard_filter_fn": _of_shapes}
-    )
+    what = f"{function.__name__} for {str(logits.dtype).removeprefix('torch.')} logits on {logits.device}"
+    text = "compiling %s, once for each set of options: 2 to 15 seconds, unless Inductor has it cached"
+    logger.warning(text, what)
+    started = time.perf_counter()
     checked(*stand_ins)
-    noting = False
-    if inner is None:
+    if catcher is not None and not catcher.was_asked:
         raise RuntimeError("torch.compile has compiled nothing")
-    if not for_all_shapes:
-        return lambda args: (function if _switched_off() else checked)(*args)
-    pick = operator.itemgetter(*order)
-    return lambda args: inner(list(pick(_flat(args))))
+    logger.info("compiled %s in %.1f s", what, time.perf_counter() - started)
+
+    shortcut = None if catcher is None else catcher.shortcut()
+    if shortcut is not None:
+        return shortcut
+    return lambda args: (function if internals.why_nothing_is_compiled() else checked)(*args)
+
+
+# By name, as they lie in modules of Inductor and Triton.
+NO_COMPILER_ERRORS = ("InvalidCxxCompiler", "CppCompileError")
+NO_TRITON_ERRORS = ("TritonMissing", "GPUTooOldForTriton")
 
 
 def _lasting(error: Exception) -> str | None:
-    """The warning for an error that says that nothing can be compiled here."""
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-
-    if isinstance(error, (InvalidCxxCompiler, CppCompileError)):
-        return NO_COMPILER.format(type(error).__name__)
-    # What Inductor needs on a GPU, and is not there or does not serve this one.
-    if type(error).__name__ in ("TritonMissing", "GPUTooOldForTriton"):
+    """The warning for an error that says that nothing can be compiled here; None for any other error."""
+    name = type(error).__name__
+    if name in NO_COMPILER_ERRORS:
+        return NO_COMPILER.format(name)
+    if name in NO_TRITON_ERRORS:
         return NO_TRITON.format(error)
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return NO_FILES.format(error)
@@ -216,6 +239,7 @@ def _tried(function: Callable, args: tuple) -> Callable | None:
 
 
 def _say(reason: str) -> None:
+    """Log, once a process, why torch.compile is found switched off."""
     if reason not in _said:
         _said.add(reason)
         logger.warning(SWITCHED_OFF, reason)
@@ -228,18 +252,12 @@ def _compile_once(key: tuple, function: Callable, args: tuple) -> Callable | Non
             return _compiled[key]
         if args[0].device.type in _uncompiled:
             return None
-        reason = _switched_off()
+        reason = internals.why_nothing_is_compiled()
         if reason is None:
             _compiled[key] = _tried(function, args)
             return _compiled[key]
         _say(reason)
     return None
-
-
-def _forced_eager() -> bool:
-    """Whether a stance wants what is compiled already run uncompiled, too."""
-    module = sys.modules.get("torch._dynamo.eval_frame")
-    return module is not None and module._stance.stance == "force_eager"
 
 
 def compiled_pass(function: Callable, args: tuple) -> Callable[[tuple], tuple[Tensor, ...]] | None:
@@ -252,8 +270,8 @@ def compiled_pass(function: Callable, args: tuple) -> Callable[[tuple], tuple[Te
     num_rows, num_classes = logits.shape
     if num_rows <= 1 or num_classes < 8:
         return None
-    if _forced_eager():
-        _say(_switched_off())
+    if internals.is_forced_eager():
+        _say(internals.why_nothing_is_compiled())
         return None
     where = logits.dtype, logits.device, scalars.reg_weight.is_cpu
     what = target.dim(), weight is None, None if out is None else out.dtype, *(scalar is None for scalar in scalars)

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..backend import primitives
 from ..compiled.passes import Row, local_class, losses_of
 from ..compiled.primitives import scalars_of
+from ..internals import hidden_from_modes, is_exporting
 from ..primitives import (
     NUM_LOSSES,
     NUM_LSE,
@@ -34,8 +35,6 @@ from ..primitives import (
     RowOptions,
     as_tensors,
     batching_rule,
-    hidden_from_modes,
-    is_exporting,
     needs_dispatch,
     new_numbers,
     register_formula,

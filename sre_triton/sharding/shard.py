@@ -6,6 +6,7 @@ from numbers import Integral
 import torch
 import torch.distributed as dist
 
+from ..internals import group_named, remember_group
 from ..messages import short, wrong
 
 
@@ -62,7 +63,7 @@ class VocabShard:
             got = f"start={short(start)}, stop={short(stop)}, num_classes={short(num_classes)}"
             raise ValueError(f"shard: expected 0 <= start <= stop <= num_classes and a class at least, got {got}")
         group = _checked_group(group)
-        object.__setattr__(self, "name", DEFAULT_GROUP if group is dist.group.WORLD else group.group_name)
+        object.__setattr__(self, "name", DEFAULT_GROUP if group is dist.group.WORLD else remember_group(group))
 
     @property
     def group(self) -> "dist.ProcessGroup":
@@ -128,7 +129,7 @@ def group_of(name: str) -> "dist.ProcessGroup":
     if name == DEFAULT_GROUP:
         return _checked_group(None)
     try:
-        return dist.distributed_c10d._resolve_process_group(name)
+        return group_named(name)
     except RuntimeError:
         _checked_group(None)
         raise RuntimeError(
