@@ -90,10 +90,10 @@ def test_sets_of_options_do_not_push_each_other_out(fresh, general):
     assert not counters["graph_break"]
 
 
-def pass_with_a_limit(logits, target, weight, stats, scale, out, numbers):
+def pass_with_a_limit(logits, target, weight, stats, scale, out, scalars):
     """loss_pass with another branch for large batches."""
     logits = logits if logits.shape[0] <= 700 else logits + torch.nan
-    return passes.loss_pass(logits, target, weight, stats, scale, out, numbers)
+    return passes.loss_pass(logits, target, weight, stats, scale, out, scalars)
 
 
 def test_what_is_not_for_all_shapes_is_checked_at_every_call(fresh, general, monkeypatch):
