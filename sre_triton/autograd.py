@@ -17,7 +17,7 @@ from .backend import primitives
 from .internals import is_batched, is_transformed, is_watched
 from .primitives import DOUBLE_BACKWARD, FORWARD_AD, kept_options, options_again
 from .results import Call, reduced
-from .sharding.collectives import row_loss
+from .sharding.collectives import sharded_row_loss
 
 SECOND_BACKWARD = (
     "self_regularized_entropy: the gradient was computed together with the loss and handed over by the first backward; "
@@ -192,11 +192,11 @@ def loss_of_logits(arguments: Arguments, call: Call) -> tuple[Tensor, Tensor, Te
     (rows,), target, weight, factor = arguments.inputs, arguments.target, arguments.weight, call.factor
     backend, reduction, options, shard = call.backend, call.reduction, call.options, arguments.options.shard
     if backend == "eager":
-        loss, losses = eager.row_loss(rows, target, weight, arguments.none_ignored, options)
+        loss, losses = eager.losses_of_rows(rows, target, weight, arguments.none_ignored, options)
         return reduced(loss, factor, reduction, backend), losses, factor
     known = None, None
     if shard is not None:
-        losses, stats = known = row_loss(rows, target, weight, factor, backend, shard.name, options)
+        losses, stats = known = sharded_row_loss(rows, target, weight, factor, backend, shard.name, options)
         if call.divide:
             counted = (target != options.ignore_index) & (target >= 0) & (target < arguments.num_classes)
             factor = factor / torch.where(counted, stats[4], 0).sum()

@@ -30,7 +30,7 @@ def cross_entropy(log_p: Tensor, y: Tensor) -> Tensor:
     return -(y * torch.where((y == 0) & (log_p == -torch.inf), 0, log_p)).sum(1)
 
 
-def row_loss(
+def losses_of_rows(
     logits: Tensor,  # (N, K)
     target: Tensor,  # class indices (N,) or probabilities (N, K)
     weight: Tensor | None,  # (K,)

@@ -155,7 +155,7 @@ def loss_of_linear(arguments: Arguments, call: Call) -> tuple[Tensor, Tensor, Te
         if target.dim() == 1 and not arguments.none_ignored:
             rows = torch.where((target == options.ignore_index).unsqueeze(1), 0, rows)
         logits = F.linear(rows, linear_weight, linear_bias)
-        loss, losses = eager.row_loss(logits, target, weight, arguments.none_ignored, options)
+        loss, losses = eager.losses_of_rows(logits, target, weight, arguments.none_ignored, options)
         return reduced(loss, factor, reduction, backend), losses, factor
     dtype = rows.dtype
     if dtype != torch.float64 and under_autocast(rows.device):

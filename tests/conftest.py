@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import collections
 import os
 
 import pytest
@@ -106,3 +107,10 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line for each reason to skip, and not for each place of it."""
+    reasons = collections.Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", ()))
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")

@@ -123,7 +123,7 @@ def test_an_index_that_is_no_class_is_nan_in_its_own_row():
     logits, target, _ = problem(N, K, {})
     target[0], target[1], target[2] = K, -100, -1
     leaf = logits.requires_grad_()
-    loss, losses = eager.row_loss(leaf, target, None, False, RowOptions(1e-7, 1.0, -100))
+    loss, losses = eager.losses_of_rows(leaf, target, None, False, RowOptions(1e-7, 1.0, -100))
     loss.sum().backward()
     for numbers in (loss, losses[1], losses[2], leaf.grad[:, 0], leaf.grad[:, -1]):
         assert numbers.isnan().tolist() == [True, False, True, False]

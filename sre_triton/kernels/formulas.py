@@ -339,7 +339,7 @@ def lse_of_row(lse, reference, m, zero, HAS_Y: tl.constexpr):
 
 
 @triton.jit
-def _coin(z, constants, PTX: tl.constexpr):
+def coin(z, constants, PTX: tl.constexpr):
     """(e, t, μ, 1 - μ) of each class, each of the shape of z.
 
     1 - μ comes from a fused multiply-add: the product that makes μ is not rounded on the way.
@@ -353,7 +353,7 @@ def _coin(z, constants, PTX: tl.constexpr):
 @triton.jit
 def coin_h_and_u(z, constants, PTX: tl.constexpr):
     """(h, u) of each class, each of the shape of z, with one logarithm for every class."""
-    _, t, mu, rest = _coin(z, constants, PTX)
+    _, t, mu, rest = coin(z, constants, PTX)
     v = t * mu
     return tl.abs(v) + _minus_log2(rest, mu, PTX), less_product(v, v, mu)
 
@@ -368,7 +368,7 @@ def sums_of_h_and_u(tiles, constants, ADJACENT: tl.constexpr, CTAS: tl.constexpr
     classes in a factor, all at μ = 1/2, 1 - M = 2^-8 would have lost eight bits.
     """
     for i in tl.static_range(len(tiles)):
-        _, t, mu, _ = _coin(tiles[i], constants, PTX)
+        _, t, mu, _ = coin(tiles[i], constants, PTX)
         v = t * mu
         u = less_product(v, v, mu)
         # The sums begin with the first tile and not with 0: an addition to 0 is an instruction too.
@@ -409,7 +409,7 @@ def gradient_of(z, wy, constants, coef_e, coef_u, coef_y, softcap, HAS_Y: tl.con
 
     With a softcap the chain rule adds a factor, 1 - (z / softcap)².
     """
-    e, t, mu, _ = _coin(z, constants, PTX)
+    e, t, mu, _ = coin(z, constants, PTX)
     v = t * mu
     u = less_product(v, v, mu)
     gradient = coef_e * e + (fma(coef_u, u, coef_y * wy) if HAS_Y else coef_u * u)

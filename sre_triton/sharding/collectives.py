@@ -219,12 +219,12 @@ def row_stats(
 
 
 @hidden_from_modes
-def _row_loss(logits, target, weight, factor, backend, group, options: RowOptions) -> tuple[Tensor, Tensor]:
+def _compute(logits, target, weight, factor, backend, group, options: RowOptions) -> tuple[Tensor, Tensor]:
     return row_stats(primitives(backend), logits, target, weight, options, group_of(group), factor)[:2]
 
 
 def _of_op(*args) -> tuple[Tensor, Tensor]:
-    return _row_loss(*args[:6], RowOptions(*args[6:]))
+    return _compute(*args[:6], RowOptions(*args[6:]))
 
 
 _op = torch.library.custom_op(
@@ -239,7 +239,7 @@ _op.register_vmap(batching_rule(_op, (1, 1)))
 register_formula(_op, lambda inputs: inputs[4], with_stats=True)
 
 
-def row_loss(
+def sharded_row_loss(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -252,5 +252,5 @@ def row_loss(
     if not is_exporting():
         logits = logits.detach()
     if not needs_dispatch(logits, (target, weight, factor)):
-        return _row_loss(logits, target, weight, factor, backend, group, options)
+        return _compute(logits, target, weight, factor, backend, group, options)
     return _op(logits, target, weight, factor, backend, group, *as_tensors(options))

@@ -35,7 +35,7 @@ from sre_triton import (
 )
 from sre_triton.sharding import collectives
 
-sys.path.append(str(Path(__file__).parents[1] / "perf"))
+sys.path.append(str(Path(__file__).parents[2] / "perf"))
 from sweep_shards import collectives_of
 
 N, K, D = 9, 60, 16
