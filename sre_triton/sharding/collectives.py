@@ -223,15 +223,18 @@ def _row_loss(logits, target, weight, factor, backend, group, *options) -> tuple
     return row_stats(primitives(backend), logits, target, weight, options, group_of(group), factor)[:2]
 
 
+_SCHEMA = (
+    f"(Tensor logits, Tensor target, Tensor? weight, Tensor factor, str backend, str group, {OPTIONS}) "
+    "-> (Tensor, Tensor)"
+)
 _op = torch.library.custom_op(
     "sre_triton::sharded_row_loss",
     without_forward_ad(_row_loss),
     mutates_args=(),
-    schema=f"(Tensor logits, Tensor target, Tensor? weight, Tensor factor, str backend, str group, {OPTIONS}) "
-    "-> (Tensor, Tensor)",
+    schema=_SCHEMA,
 )
 _op.register_fake(lambda logits, *_: (new_numbers(logits, NUM_LOSSES), new_numbers(logits, NUM_STATS)))
-_op.register_vmap(batching_rule(_op, (1, 1)))
+_op.register_vmap(batching_rule(_op, _SCHEMA, (1, 1)))
 register_formula(_op, lambda inputs: inputs[4], with_stats=True)
 
 
