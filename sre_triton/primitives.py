@@ -173,9 +173,15 @@ def options_again(ctx, saved: list[Tensor | None]) -> RowOptions:
     )
 
 
-def batching_rule(op: Callable, out_row_dims: tuple[int, ...]) -> Callable:
+def names_in(schema: str) -> list[str]:
+    """The arguments' names: ["logits", "first_class"] of "(Tensor logits, int first_class=0) -> Tensor"."""
+    arguments, _, _ = schema.strip("(").partition(")")
+    return [argument.partition("=")[0].split()[-1] for argument in arguments.split(",")]
+
+
+def batching_rule(op: Callable, schema: str, out_row_dims: tuple[int, ...]) -> Callable:
     """Rows do not know of each other, so a batch of calls is one call with more rows."""
-    all_names = [argument.name for argument in op._opoverload._schema.arguments]
+    all_names = names_in(schema)
 
     def rule(info, in_dims, *args):
         batch = info.batch_size
@@ -273,7 +279,7 @@ def _register(backend: str, name: str) -> Callable:
         f"sre_triton::{backend}_{name}", contiguous, mutates_args=(), schema=primitive.schema()
     )
     op.register_fake(lambda logits, *_: primitive.fake(logits))
-    op.register_vmap(batching_rule(op, primitive.row_dims))
+    op.register_vmap(batching_rule(op, primitive.schema(), primitive.row_dims))
     if name in ("row_loss", "row_loss_and_gradient"):
         register_formula(op, lambda _: backend, with_stats=name == "row_loss")
     if name == "row_gradient":

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import without
 
 from sre_triton import internals
@@ -52,3 +53,54 @@ def test_the_loss_is_right_without_a_private_name(name, server):
     server.stdin.flush()
     answer = server.stdout.readline().strip()
     assert answer == "right", answer.encode().decode("unicode_escape")
+
+
+# The names that PyTorch keeps private, as they are written in code.
+PRIVATE = re.compile(
+    r"torch\._|_dynamo_marked|forward_ad\._|\._stance|fx\._|fx\.experimental|distributed_c10d\._|_global_\w*hook|_pytree|"
+    r"_opoverload"
+)
+# To be moved.
+ELSEWHERE = {"checks.py", "loss.py", "linear.py"}
+
+
+def code_of(path):
+    """The lines of a file without comments and strings, other than those that are looked up."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = ""
+    return ast.unparse(tree)
+
+
+def test_no_other_file_reads_a_private_name():
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "internals.py"]
+    assert len(files) > 30
+    found = {path: sorted(set(PRIVATE.findall(code_of(path)))) for path in files if path.name not in ELSEWHERE}
+    assert {str(path.relative_to(PACKAGE)): names for path, names in found.items() if names} == {}
+
+
+def test_answers_that_a_public_route_gives_too():
+    tensor = torch.ones(())
+
+    def answers():
+        return internals._legacy_function_fails(), internals._dual_number_is_made(), internals.would_compile()
+
+    assert answers() == (False, False, True)
+    assert internals.under_functorch() is internals.in_forward_mode() is False
+    seen = []
+
+    def look(x):
+        known = internals.under_functorch(), internals.in_forward_mode()
+        seen.append((known, answers()[:2]))
+        return x * 2
+
+    torch.func.vmap(look)(torch.ones(2))
+    torch.func.grad(look)(tensor)
+    torch.func.jvp(look, (tensor,), (tensor,))
+    with torch.autograd.forward_ad.dual_level():
+        look(tensor)
+    assert [known for known, _ in seen] == [known for _, known in seen]
+    assert [known for known, _ in seen] == [(True, False), (True, False), (True, True), (False, True)]
+    with torch.compiler.set_stance("force_eager"):
+        assert not internals.would_compile()

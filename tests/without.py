@@ -18,9 +18,11 @@ import torch._inductor.compile_fx
 import torch.distributed as dist
 import torch.fx.experimental.symbolic_shapes
 import torch.utils.flop_counter
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+STANCES = ("force_eager", "eager_on_recompile", "fail_on_recompile")
 MARK = "torch._dynamo:_dynamo_marked_constant"  # not a name in a module, but an attribute of the package's functions
 
 
@@ -147,6 +149,20 @@ def watched(case):
             case.step()
 
 
+def dispatched(case):
+    """A tracer sees the registered op."""
+    graph = make_fx(lambda z: case.of_logits(z))(case.z)
+    assert "sre_triton" in graph.code
+    close(graph(case.z), case.loss, 5e-6)
+
+
+def multiplied(case):
+    """A weight of a class that does more than a tensor."""
+    from sre_triton import internals
+
+    assert not internals.without_torch_function(torch.Tensor)
+
+
 def transformed(case):
     case.check(case.loss, case.z, torch.func.grad(case.of_logits)(case.z))
     weight = case.z.t().contiguous()
@@ -155,6 +171,17 @@ def transformed(case):
     case.check(case.loss, case.z, both[1])
     with pytest.raises((NotImplementedError, RuntimeError), match="forward"):  # not a derivative of 0
         torch.func.jvp(case.of_logits, (case.z,), (case.z,))
+
+
+def dual(case):
+    """An op, which would have a derivative of 0 in forward mode, raises there and nowhere else."""
+    from sre_triton.primitives import OPS, as_tensors
+
+    args = case.z, case.target, None, *as_tensors((1e-7, 1.0, -100, None, 0.1, None))
+    losses, _ = OPS["compile", "row_loss"](*args)
+    close(losses[0].mean(), case.loss, 5e-6)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward"):
+        OPS["compile", "row_loss"](*args)
 
 
 def batched(case):
@@ -168,11 +195,21 @@ def batched(case):
 def traced(case):
     """Within the user's torch.compile."""
     torch._dynamo.reset()
-    leaf, weight = case.z.clone().requires_grad_(), case.z.t().contiguous().requires_grad_()
+    leaf = case.z.clone().requires_grad_()
     case.check(torch.compile(case.of_logits, backend="aot_eager")(leaf), leaf)
-    case.check(torch.compile(case.of_layer, backend="aot_eager")(weight), weight)
-    transformed = torch.compile(lambda z: torch.func.grad(case.of_logits)(z), backend="eager")
-    case.check(case.loss, case.z, transformed(case.z))
+
+
+def traced_in_a_mode(case):
+    torch._dynamo.reset()
+    found = torch.compile(lambda z: case.of_logits(z), backend="eager", fullgraph=True)
+    with Looking():
+        close(found(case.z), case.loss, 5e-6)
+
+
+def traced_with_a_transform(case):
+    torch._dynamo.reset()
+    gradient = torch.compile(lambda z: torch.func.grad(case.of_logits)(z), backend="eager")(case.z)
+    case.check(case.loss, case.z, gradient)
 
 
 def guarded(case):
@@ -202,10 +239,16 @@ def switched(case):
     compiled(case, switches=True)
 
 
+def pretended(case):
+    """What switches it off, where compiling takes no time."""
+    from sre_triton.compiled import inductor
+
+    inductor._compile = lambda function, args: lambda args: function(*args)
+    compiled(case, switches=True)
+
+
 def compiled(case, switches=False):
     """The same, of the gradient too."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     from sre_triton.compiled import inductor
 
     inductor._uncompiled.clear()
@@ -217,8 +260,9 @@ def compiled(case, switches=False):
             return
         case.check(case.of_logits(leaf), leaf)
 
-    with torch.compiler.set_stance("force_eager"):
-        step()
+    for stance in STANCES:
+        with torch.compiler.set_stance(stance):
+            step()
     assert not inductor._compiled, "compiled while that is switched off"
     graph = make_fx(lambda z: case.of_logits(z))(case.z)
     assert not inductor._compiled, "compiled while make_fx traces"
@@ -227,7 +271,7 @@ def compiled(case, switches=False):
     assert all(inductor._compiled.values()), "a compilation has failed"
     make_fx(lambda z: case.of_logits(z))(case.z)
     close(graph(case.z), case.loss, 5e-6)
-    for stance in ("force_eager", "eager_on_recompile", "fail_on_recompile"):
+    for stance in STANCES:
         with torch.compiler.set_stance(stance):
             step()
 
@@ -237,6 +281,7 @@ def sharded(case):
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for group in (None, dist.new_group([0])):
+        assert group is None or VocabShard(0, 20, 20, group).group is group
         leaf = case.z.clone().requires_grad_()
         case.check(case.of_logits(leaf, shard=VocabShard(0, 20, 20, group)), leaf)
     dist.destroy_process_group()
@@ -255,23 +300,25 @@ def hooked(case):
 def handed_over(case):
     """A backward for one gradient after another."""
     input, weight = torch.eye(6, requires_grad=True), case.z.t().contiguous().requires_grad_()
-    from sre_triton import linear_self_regularized_entropy
+    from sre_triton import internals, linear_self_regularized_entropy
 
     loss = linear_self_regularized_entropy(input, weight, case.target, z_loss=0.1)
     (of_weight,) = torch.autograd.grad(loss, weight, retain_graph=True)
     case.check(case.loss, weight, of_weight)
+    assert internals.will_execute(loss.grad_fn)
 
 
 def checks_of(path):
     """What is tried without a name: a step always, and whatever the name is about."""
     about = {
-        "_are_functorch_transforms_active": [watched, transformed, traced],
-        "_len_torch_dispatch_stack": [watched, transformed, traced],
-        "_current_level": [watched, transformed, traced],
+        "_are_functorch_transforms_active": [watched, transformed, traced, traced_with_a_transform],
+        "_len_torch_dispatch_stack": [watched, dispatched, transformed],
+        "_current_level": [dual, watched, transformed, traced],
         "is_legacy_batchedtensor": [batched],
         "torch_function": [watched],
         "_len_torch_function_stack": [traced],
-        "DisableTorchFunction": [watched, traced],
+        "DisableTorchFunction": [watched, traced_in_a_mode],
+        "_disabled_torch_function_impl": [multiplied],
         "_will_engine": [handed_over],
         "_register_namedtuple": [exported],
         "_global": [hooked],
@@ -279,10 +326,11 @@ def checks_of(path):
         "guard_or_true": [guarded],
         "_dynamo_marked": [traced],
         "_stance": [switched],
-        "_dynamo.config": [switched],
+        "_dynamo.config": [pretended],
         "_functorch.config": [compiled],
-        "_inductor": [compiled],
-        "fx._symbolic": [switched],
+        "_inductor.compile_fx": [compiled],
+        "_inductor:": [switched],
+        "fx._symbolic": [pretended],
     }
     chosen = [check for part, checks in about.items() if part in path for check in checks]
     return [plain, *dict.fromkeys(chosen)]

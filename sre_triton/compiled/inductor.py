@@ -161,7 +161,7 @@ class _Catcher:
     def shortcut(self) -> Callable[[tuple], tuple[Tensor, ...]] | None:
         """The call of Inductor's own result, given the arguments of a pass; None where nobody can call it so."""
         self.is_learning = False
-        self.flat = []  # which nobody needs again
+        self.flat = []  # the stand-ins, which nobody needs again
         if self.inner is None or not self.for_all_shapes or not internals.is_stance_known():
             return None
         inner, pick = self.inner, operator.itemgetter(*self.order)
@@ -173,9 +173,9 @@ def _compile(function: Callable, args: tuple) -> Callable[[tuple], tuple[Tensor,
 
     One version serves every shape, so torch.compile is asked once, with zeros in place of the arguments. Later calls
     go around torch.compile. Its result would take 35 us a call to check dtypes and devices, which the key of the
-    version says already: a third of the time for 256 rows of 1000 classes on two cores. So they go to Inductor's own
-    result, which ``_Catcher`` kept. Where this cannot be (a version that is not for all shapes, as on a GPU, whose
-    indices may have 32 bits; a private name that is gone), calls go to torch.compile's result.
+    version says already: a third of the time for 256 rows of 1000 classes on two cores. So later calls go to
+    Inductor's own result, which ``_Catcher`` kept. Two kinds of versions are called through torch.compile's result:
+    those that are not for all shapes (on a GPU, whose indices may have 32 bits), and all where a private name is gone.
     """
     logits = args[0]
     is_short = logits.shape[1] <= SHORT

@@ -227,15 +227,18 @@ def _of_op(*args) -> tuple[Tensor, Tensor]:
     return _compute(*args[:6], RowOptions(*args[6:]))
 
 
+_SCHEMA = (
+    f"(Tensor logits, Tensor target, Tensor? weight, Tensor factor, str backend, str group, {OPTIONS}) "
+    "-> (Tensor, Tensor)"
+)
 _op = torch.library.custom_op(
     "sre_triton::sharded_row_loss",
     without_forward_ad(_of_op),
     mutates_args=(),
-    schema=f"(Tensor logits, Tensor target, Tensor? weight, Tensor factor, str backend, str group, {OPTIONS}) "
-    "-> (Tensor, Tensor)",
+    schema=_SCHEMA,
 )
 _op.register_fake(lambda logits, *_: (new_numbers(logits, NUM_LOSSES), new_numbers(logits, NUM_STATS)))
-_op.register_vmap(batching_rule(_op, (1, 1)))
+_op.register_vmap(batching_rule(_op, _SCHEMA, (1, 1)))
 register_formula(_op, lambda inputs: inputs[4], with_stats=True)
 
 
