@@ -29,6 +29,20 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
         inductor.py                 the compiler, asked once for every set of options
         primitives.py               the five, as passes
     sharding/       shard.py: the classes of a rank;  collectives.py: what ranks tell each other;  dtensor.py
+
+Where a formula stands, three times (reference alone: in its one function, self_regularized_entropy):
+
+    formula                     reference               kernels/                      compiled/
+    log sum exp z               reference               walks.lse_of_tiles            passes.lse_pass
+    t and the coin's odds       reference               formulas.coin                 formulas.coin
+    h, the coin's entropy       reference.coin_entropy  formulas.coin_h_and_u         formulas.h_of
+    u = -dh/dt                  -                       formulas.coin_h_and_u         formulas.u_of
+    sums of h and u             reference               rows.sums_with_targets        passes.sums_pass
+    H, S and the loss of a row  reference               rows.losses_of                passes.losses_of
+    coef_p, coef_u, coef_y      -                       rows.coefficients_of          passes.coefficients_of
+    the gradient of a class     -                       formulas.gradient_of          passes.gradient_of
+    that at the target          -                       walks.store_gradient_of_rest  passes.coefficients_of
+    ε / K and 1 - ε             reference               rows.shares                   passes.shares
 """
 
 from .functional import linear_self_regularized_entropy, self_regularized_entropy

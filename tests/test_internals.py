@@ -60,8 +60,6 @@ PRIVATE = re.compile(
     r"torch\._|_dynamo_marked|forward_ad\._|\._stance|fx\._|fx\.experimental|distributed_c10d\._|_global_\w*hook|_pytree|"
     r"_opoverload"
 )
-# To be moved.
-ELSEWHERE = {"checks.py", "loss.py", "linear.py"}
 
 
 def code_of(path):
@@ -76,7 +74,7 @@ def code_of(path):
 def test_no_other_file_reads_a_private_name():
     files = [path for path in PACKAGE.rglob("*.py") if path.name != "internals.py"]
     assert len(files) > 30
-    found = {path: sorted(set(PRIVATE.findall(code_of(path)))) for path in files if path.name not in ELSEWHERE}
+    found = {path: sorted(set(PRIVATE.findall(code_of(path)))) for path in files}
     assert {str(path.relative_to(PACKAGE)): names for path, names in found.items() if names} == {}
 
 

@@ -103,7 +103,7 @@ def _capped(logits: Tensor, scalars: Scalars) -> Tensor:
     return z if scalars.softcap is None else scalars.softcap * torch.tanh(z / scalars.softcap)
 
 
-def _shares(scalars: Scalars, num_classes: int) -> tuple[Tensor | float, Tensor | float]:
+def shares(scalars: Scalars, num_classes: int) -> tuple[Tensor | float, Tensor | float]:
     """What label smoothing gives to every class, ε/K, and what it leaves to the target, 1 - ε."""
     if scalars.label_smoothing is None:
         return 0.0, 1.0
@@ -114,7 +114,7 @@ def _shares(scalars: Scalars, num_classes: int) -> tuple[Tensor | float, Tensor 
 
 def _smoothed(target: Tensor, z: Tensor, scalars: Scalars) -> Tensor:
     """Target probabilities, y."""
-    share, kept = _shares(scalars, z.shape[1])
+    share, kept = shares(scalars, z.shape[1])
     return kept * target.to(z.dtype) + share
 
 
@@ -144,7 +144,7 @@ def _unless(elsewhere: Tensor | None, x: Tensor | float) -> Tensor | float:
 def _lse(z: Tensor, target: Tensor, weight: Tensor | None, scalars: Scalars) -> tuple[Tensor, Tensor, Row]:
     """d, exp(d), and the first five numbers of the rows."""
     num_classes = z.shape[1]
-    share, kept = _shares(scalars, num_classes)
+    share, kept = shares(scalars, num_classes)
     top = m = _max(z)
     if scalars.all_classes is not None:
         top = torch.where(m == -torch.inf, 0, m)  # this shard's classes may all be masked where another's are not
@@ -174,7 +174,7 @@ def _sums(
     if target.dim() == 2:
         wrong = 1 - _smoothed(target, z, scalars)
         return _sum(wrong * h), _sum(wrong * u)
-    share, kept = _shares(scalars, z.shape[1])
+    share, kept = shares(scalars, z.shape[1])
     _, _, _, z_g, elsewhere = _at_target(z, target, scalars)
     kept = _unless(elsewhere, kept)
     t_g, mu_g = coin(z_g - row.m, (z_g - row.m).exp(), *offset)
@@ -207,13 +207,14 @@ def losses_of(row: Row, target: Tensor, scalars: Scalars) -> tuple[Tensor, ...]:
     return tuple(torch.where(counted, number, 0) for number in losses)
 
 
-def _gradient_of(z: Tensor, e: Tensor, u: Tensor, coefs: tuple[Tensor | float, ...], scalars: Scalars) -> Tensor:
+def gradient_of(z: Tensor, e: Tensor, u: Tensor, coefs: tuple[Tensor | float, ...], scalars: Scalars) -> Tensor:
+    """coef_e e + coef_u u - coef_1, through the softcap, (n, K) or (n, WIDTH)."""
     coef_e, coef_u, coef_1 = coefs
     gradient = coef_e * e + coef_u * u - coef_1
     return gradient if scalars.softcap is None else gradient * (1 - (z / scalars.softcap).square())
 
 
-def _coefficients(
+def coefficients_of(
     z: Tensor,
     row: Row,
     target: Tensor,
@@ -223,7 +224,7 @@ def _coefficients(
     scalars: Scalars,
 ) -> tuple[Tensor, ...]:
     """The gradient at the target, coef_p / exp_sum, coef_u, the scale, and whether the row is counted."""
-    share, kept = _shares(scalars, z.shape[1])
+    share, kept = shares(scalars, z.shape[1])
     scale = _wide(scale.unsqueeze(1))
     of_lse = -scalars.reg_weight * row.u_sum
     if scalars.z_loss is not None:
@@ -238,23 +239,23 @@ def _coefficients(
     wy_g = kept * row.omega + (share if weight is None else share * weight[index])
     coefs = coef_e, coef_u * (1 - share - kept), scale * wy_g
     e_g = d_g.exp()
-    at_target = _gradient_of(z_g, e_g, u_of(*coin(d_g, e_g, *offset)), coefs, scalars)
+    at_target = gradient_of(z_g, e_g, u_of(*coin(d_g, e_g, *offset)), coefs, scalars)
     return torch.where(counted, at_target, 0), coef_e, coef_u, scale, counted.to(z.dtype)
 
 
 def _gradient(z, e, u, target, weight, coefs, scalars: Scalars) -> Tensor:
     """Of all classes, (n, K); what it says of the target class is to be written over."""
     coef_e, coef_u, scale, counted = coefs
-    share, _ = _shares(scalars, z.shape[1])
+    share, _ = shares(scalars, z.shape[1])
     if target.dim() == 2:
         y = _smoothed(target, z, scalars)
         wy = y if weight is None else y * weight
-        return _gradient_of(z, e, u, (coef_e, coef_u * (1 - y), scale * wy), scalars)
+        return gradient_of(z, e, u, (coef_e, coef_u * (1 - y), scale * wy), scalars)
     coef_1 = 0.0
     if scalars.label_smoothing is not None:
         coef_u = coef_u * (1 - share)
         coef_1 = scale * share if weight is None else scale * share * weight
-    return torch.where(counted != 0, _gradient_of(z, e, u, (coef_e, coef_u, coef_1), scalars), 0)
+    return torch.where(counted != 0, gradient_of(z, e, u, (coef_e, coef_u, coef_1), scalars), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,7 +313,7 @@ def gradient_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -
     z = _capped(logits, scalars)
     row = _row(stats)
     offset = offset_of(row.exp_sum, scalars.c)
-    coefs = _coefficients(z, row, target, weight, offset, scale, scalars)
+    coefs = coefficients_of(z, row, target, weight, offset, scale, scalars)
     packed = _pack(*coefs, *offset, row.m)
     *coefs, off, lost, e_off, m = _columns(packed, 1, 8)
     d = z - m
@@ -326,7 +327,7 @@ def loss_and_gradient_pass(logits, target, weight, stats, scale, out, scalars: S
     """The losses, the target's gradient, and the gradient."""
     z = _capped(logits, scalars)
     first, offset, e, u, row = _walked(z, target, weight, scalars)
-    coefs = _coefficients(z, row, target, weight, offset, scale, scalars)
+    coefs = coefficients_of(z, row, target, weight, offset, scale, scalars)
     packed = _pack(*losses_of(row, target, scalars), *coefs)
     gradient = _gradient(z, e, u, target, weight, _columns(packed, 5, 4), scalars)
     return *_with_gradient(gradient, logits.dtype, target, out, packed, 4, scalars), first
