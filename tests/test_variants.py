@@ -192,10 +192,10 @@ def test_the_next_row_is_on_its_way():
 import torch
 from cross_compile import Code, compile_only
 from helpers import options_of
-from sre_triton.kernels import primitives
+from sre_triton.kernels import launch, primitives
 
 launches = compile_only("sm_90")
-for num_classes in (4096, 8192, 16384, *[262144] * (triton_launch.TRITON_VERSION >= (3, 8))):
+for num_classes in (4096, 8192, 16384, *[262144] * (launch.TRITON_VERSION >= (3, 8))):
     logits, target = torch.empty(999, num_classes, dtype=torch.bfloat16), torch.zeros(999, dtype=torch.long)
     primitives.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(999), options_of())
     text = Code(launches[-1].compiled).text
