@@ -12,7 +12,7 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
 
     what people call    functional.py: the two functions;  modules.py, schedule.py
     a call              options.py: every keyword;  checks.py, arguments.py: tensors in;  results.py: results out
-                        messages.py: what errors and warnings say;  layer.py: whether a layer is only a product
+                        messages.py: how errors are worded, and the warnings;  layer.py: a layer, or more
     the definition      reference.py;  eager.py: the same in few operations, for plain autograd
     gradients           autograd.py: of logits;  linear.py, chunks.py, flops.py: of a linear layer, a chunk at a time
     the seam            primitives.py: five signatures, registered with PyTorch;  backend.py: who computes them
@@ -39,7 +39,7 @@ Where a formula stands, three times (reference alone: in its one function, self_
     u = -dh/dt                  -                       formulas.coin_h_and_u         formulas.u_of
     sums of h and u             reference               rows.sums_with_targets        passes.sums_pass
     H, S and the loss of a row  reference               rows.losses_of                passes.losses_of
-    coef_p, coef_u, coef_y      -                       rows.coefficients_of          passes.coefficients_of
+    coefficients of p, u, 1     -                       rows.coefficients_of          passes.coefficients_of
     the gradient of a class     -                       formulas.gradient_of          passes.gradient_of
     that at the target          -                       walks.store_gradient_of_rest  passes.coefficients_of
     ε / K and 1 - ε             reference               rows.shares                   passes.shares

@@ -27,7 +27,7 @@ class Arguments(NamedTuple):
     options: Options
     num_classes: int  # K, with the classes of all shards
     shape: torch.Size  # of the loss without reduction
-    none_ignored: bool  # all class indices are seen to be in range
+    none_ignored: bool  # no class index is ignored, and all were seen to be in range
     wanted: tuple[bool, ...]  # which of the inputs gets a gradient
     layout: object  # of DTensors (sharding/dtensor.py), or None
 

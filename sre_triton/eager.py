@@ -34,7 +34,7 @@ def losses_of_rows(
     logits: Tensor,  # (N, K)
     target: Tensor,  # class indices (N,) or probabilities (N, K)
     weight: Tensor | None,  # (K,)
-    none_ignored: bool,  # all class indices are seen to be in range
+    none_ignored: bool,  # no class index is ignored, and all were seen to be in range
     options: RowOptions,
 ) -> tuple[Tensor, Tensor]:
     """The loss of each row, (N,), and, detached, its losses as in primitives.py, (4, N)."""

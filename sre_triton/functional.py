@@ -83,9 +83,9 @@ def self_regularized_entropy(
             that is still to be computed.
         return_parts: also return :class:`Parts`.
         shard: which classes the logits are of, where each rank of a process group has some (:class:`VocabShard`): two
-            collectives in the forward, none in the backward. ``target`` are the class indices among all classes.
-            ``weight`` and target probabilities are of the shard's classes or of all, as their shapes say. A DTensor
-            needs none.
+            collectives in the forward (three beyond 64 ranks), none in the backward. ``target`` are the class indices
+            among all classes. ``weight`` and target probabilities are of the shard's classes or of all, as their
+            shapes say. A DTensor needs none.
         backend: ``"triton"`` (kernels for a GPU; on a CPU only in Triton's interpreter; not float64), ``"compile"``
             (``torch.compile``: one loop over the rows), ``"eager"`` (plain autograd, differentiable twice) or None,
             which chooses: ``"eager"``, slow, where ``target`` or ``weight`` require a gradient (detach what needs none)

@@ -5,7 +5,7 @@ name; its docstring says which, the public behaviour that the name stands for, a
 the name is gone. That route is slower, or less is known then, but every loss and gradient stays right.
 
 A name is looked up once: at import, or at its first use if it lies in a module that ``import torch`` does not load.
-No other file of this package reads a private name.
+No other file of this package reads one of them. (layer.py looks at the hooks and parameters that an nn.Module keeps.)
 """
 
 import contextlib

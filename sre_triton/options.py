@@ -1,4 +1,9 @@
-"""The options of the loss: every keyword of the public functions once, its check, and what rows take of it.
+"""The options of the loss: their names and order, the check of each, and what rows take of them.
+
+How an option goes, λ for example: a keyword of functional.py -> `Options`, checked here -> `Options.of_rows`, which
+makes λ' of it -> `RowOptions` (primitives.py) -> each primitive's last argument -> kernels/launch.py `_scalars`, and
+compiled/primitives.py `scalars_of`. Those are the places to touch for another one, with the signatures of modules.py,
+the definition in reference.py, eager.py, and what ranks must agree on (`values` in sharding/collectives.py).
 
 Only Python numbers and scalar tensors are looked at, so nothing waits for a GPU, and all of it works while tracing. The
 exception is a λ that lies on a CPU.

@@ -7,11 +7,13 @@ their own as well. A cluster of thread blocks may be one program, and hold the t
 same (plan.py has a picture).
 
 The gradient at the target is computed from the row's values, and written over the gradient that its tile left there.
-The thread that wrote the tile writes it, so no barrier is needed. A cluster has no barriers but those of its
-reductions. A program that goes from row to row while the next row is on its way cannot afford one.
+The thread that wrote the tile writes it, so no barrier is needed between the two. A program has the barriers of its
+reductions, and one after the target's logit is read (memory.py, `at_targets`); a program that goes from row to row
+while the next row is on its way has no barrier for the target, since it would end the overlap.
 
-Ignored rows are not read. Where several rows share a program, a mask excludes the ignored ones, and their results are 0
-whatever the memory holds.
+The logits of an ignored row are not read, except where a program goes from row to row: these loads begin before the
+target is known, and what they bring is not used. Where several rows share a program, a mask excludes the ignored ones,
+and their results are 0 whatever the memory holds.
 
 `row` is a row index, int64: a scalar, or (ROWS,) where several rows share a program. `inside` says which of these rows
 exist, `counted` which exist and are not ignored; None where all do. rows.py and memory.py explain the tuples.

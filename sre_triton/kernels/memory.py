@@ -47,7 +47,7 @@ def program_row(VARIANT: tl.constexpr):
 
 @triton.jit
 def counted_targets(inputs, scalars, row, inside, VARIANT: tl.constexpr):
-    """(target, counted) of each row. A row counts if it exists and is not ignored; other rows are not read.
+    """(target, counted) of each row. A row counts if it exists and is not ignored.
 
     `inside` says which rows exist, None if all of them. With probabilities there is no target: the row takes its place.
     """

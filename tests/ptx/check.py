@@ -2,6 +2,7 @@
 
     python tests/ptx/check.py --smoke                a case of every path, in seconds; with the library installed
     python tests/ptx/check.py --target sm_90         every group of cases, for hours
+    python tests/ptx/check.py --mutate               without each barrier in turn: whether that is noticed
     python tests/ptx/check.py --target sm_90 --groups cluster --special extreme --contract
 
 What is compared: H, S and the loss of each row to 2e-6 (H + S) + 3e-7 (the loss 5e-6 (H + S + Z) + 1e-6), the
@@ -884,7 +885,7 @@ GROUPS = {f.__name__: f for f in (base, inplace, pipeline, cluster, strides, aro
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="sm_90", choices=("sm_80", "sm_90", "sm_100"))
-    parser.add_argument("--smoke", action="store_true", help="a case of every way, in a minute")
+    parser.add_argument("--smoke", action="store_true", help="a case of every way, in seconds")
     parser.add_argument("--mutate", action="store_true", help="take barriers out, and see that it is noticed")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--classes", nargs="+", type=int, help="only these")
