@@ -43,8 +43,9 @@ class Arguments(NamedTuple):
         Their sum then comes with the numbers of the rows, and the losses are divided by it later.
         """
         options = self.options
-        is_mean = options.reduction == "mean" and options.denominator is None
-        return is_mean and options.shard is not None and self.weight is not None and self.target.dim() == 1
+        if options.shard is None or self.weight is None or self.target.dim() != 1:
+            return False
+        return options.reduction == "mean" and options.denominator is None
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -56,8 +57,9 @@ def _as_rows(tensor: Tensor) -> Tensor:
 
 def _wanted(inputs: tuple[Tensor | None, ...]) -> tuple[bool, ...]:
     """Which of the inputs gets a gradient. A program that is exported has the op's formula, whatever is wanted now."""
-    wants_gradient = torch.is_grad_enabled() and not is_exporting()
-    return tuple(wants_gradient and tensor is not None and tensor.requires_grad for tensor in inputs)
+    if not torch.is_grad_enabled() or is_exporting():
+        return (False,) * len(inputs)
+    return tuple([tensor is not None and tensor.requires_grad for tensor in inputs])
 
 
 def of_logits(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Arguments:
@@ -86,7 +88,7 @@ def of_logits(input: Tensor, target: Tensor, weight: Tensor | None, options: Opt
         inputs=(_as_rows(input),),
         target=target.flatten() if indices else _as_rows(target),
         weight=weight,
-        options=options._replace(shard=shard),
+        options=options if shard is options.shard else options._replace(shard=shard),  # which takes 2 us
         num_classes=num_classes,
         shape=input.shape[:dim] + input.shape[dim + 1 :],
         none_ignored=none_ignored,
@@ -131,7 +133,7 @@ def of_linear(
         inputs=inputs,
         target=target.reshape(-1) if indices else target.reshape(rows.shape[0], num_here),
         weight=weight,
-        options=options._replace(shard=shard),
+        options=options if shard is options.shard else options._replace(shard=shard),  # which takes 2 us
         num_classes=num_classes,
         shape=shape,
         none_ignored=none_ignored,

@@ -39,11 +39,11 @@ def few_launches(rows: Tensor, backend: str) -> bool:
     return backend == "triton" and plain and 0 < rows.shape[0] <= primitives(backend).FEW_ROWS
 
 
-def _factor_of(arguments: Arguments, reduction: str, backend: str) -> Tensor:
+def _factor_of(arguments: Arguments, reduction: str, divide: bool, backend: str) -> Tensor:
     """What the sum of the rows' losses is multiplied by, ()."""
     rows, target, weight, options = arguments.rows, arguments.target, arguments.weight, arguments.options
     dtype, denominator = compute_dtype(rows.dtype), options.denominator
-    if reduction != "mean" or arguments.weights_are_shared_out:
+    if reduction != "mean" or divide:
         denominator = 1.0
     elif denominator is None:
         if target.dim() == 2 or (arguments.none_ignored and weight is None):
@@ -90,8 +90,8 @@ def result_of(
     options, layout = arguments.options, arguments.layout
     backend = backend_of(options.backend, arguments.rows, arguments.target, arguments.weight, options.shard)
     reduction, share = _share_of(arguments)
-    divide = arguments.weights_are_shared_out and reduction == "mean"
-    factor = _factor_of(arguments, reduction, backend)
+    divide = reduction == "mean" and arguments.weights_are_shared_out
+    factor = _factor_of(arguments, reduction, divide, backend)
     if share != 1:
         factor = factor * share
     row_options = options.of_rows(arguments.num_classes, backend, arguments.rows)
