@@ -114,7 +114,7 @@ def _rows_that_count(target: Tensor, ignore_index: int) -> tuple[Tensor | None, 
     ignored = target == ignore_index
     if ignored.device.type != "cpu":
         return ignored, None
-    return None, (~ignored).nonzero().squeeze(1) if ignored.any() else None
+    return None, (~ignored).nonzero().squeeze(1) if ignored.any() else None  # on a CPU
 
 
 def _room_for_logits(W: Tensor, num_rows: int, backend: str) -> Tensor:

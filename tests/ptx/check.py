@@ -36,7 +36,8 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 CUDABackend.make_cubin = lambda *_: b""
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "perf")]
+from cross_compile import SHARED, OnGpu  # noqa: E402
 from emulator import Code, EmulationError, Launch, Machine, Segment, Special, Tracker  # noqa: E402
 
 INF = float("inf")
@@ -68,20 +69,8 @@ class _Driver:
     def get_device_properties(self, device: int) -> dict:
         return {
             "multiprocessor_count": self.multiprocessors,
-            "max_shared_mem": (227 if self.target.arch >= 90 else 163) << 10,
+            "max_shared_mem": SHARED[f"sm_{self.target.arch}"] << 10,
         }
-
-
-class OnGpu:
-    """A tensor that says it is on a GPU."""
-
-    device = torch.device("cuda")
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor, self.dtype = tensor, tensor.dtype
-
-    def data_ptr(self) -> int:
-        return self.tensor.data_ptr()
 
 
 def _flat(value):
