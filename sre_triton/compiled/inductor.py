@@ -67,7 +67,7 @@ def _stand_in(name: str, arg, is_short: bool):
     """Zeros of the dtype and number of dimensions of an argument: what is compiled depends on no shape that came."""
     if isinstance(arg, tuple):
         items = [_stand_in(name, item, is_short) for item in arg]
-        return Scalars(*items) if name == "scalars" else tuple(items)
+        return Scalars(*items) if isinstance(arg, Scalars) else tuple(items)
     if arg is None:
         return None
     num_classes = SHORT // 2 if is_short else 2 * SHORT
