@@ -10,25 +10,38 @@ For one row of logits z with target class g, p = softmax(z) and c = 1e-7:
 The letters, everywhere in the code: N rows, K classes, D features of a linear layer, c the suppression level,
 lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the weight of S, ε label smoothing, α z-loss.
 
-    what people call    functional.py: the two functions;  modules.py, schedule.py
-    a call              options.py: every keyword;  checks.py, arguments.py: tensors in;  results.py: results out
-                        messages.py: how errors are worded, and the warnings;  layer.py: a layer, or more
-    the definition      reference.py;  eager.py: the same in few operations, for plain autograd
-    gradients           autograd.py: of logits;  linear.py, chunks.py, flops.py: of a linear layer, a chunk at a time
-    the seam            primitives.py: five signatures, registered with PyTorch;  backend.py: who computes them
-    PyTorch             internals.py: its private names, each with a way to do without
-    kernels/        Triton, for GPUs
-        groups.py, formulas.py      the mathematics of a tile of classes
-        rows.py, memory.py          the statistics of a row; where its classes lie in memory
-        walks.py, kernels.py        sums over a row's tiles, and their gradient; the kernels
-        small.py                    the small kernels of a step: the mean, the upstream gradient
-        plan.py, launch.py          which way a kernel takes: the table; its launch
-        primitives.py               the five, as launches
-    compiled/       torch.compile, for machines without Triton and for float64
-        formulas.py, passes.py      the mathematics of a class; that of rows, written to become one loop
-        inductor.py                 the compiler, asked once for every set of options
-        primitives.py               the five, as passes
-    sharding/       shard.py: the classes of a rank;  collectives.py: what ranks tell each other;  dtensor.py
+    functional.py       the two public functions: signatures and docstrings
+    modules.py          the two loss modules;  schedule.py: ramp
+    options.py          every keyword once: its check, and how it becomes a number for the rows
+    checks.py           the checks of tensors;  messages.py: how errors are worded, all warnings, how they are raised
+    arguments.py        tensors in: checked, as rows;  results.py: the factor of the mean, the reduction, the parts
+    reference.py        the definition;  eager.py: the same in few operations, for plain autograd
+    autograd.py         gradients of the loss of logits: computed in the forward, or in the backward
+    linear.py           the same for a linear layer;  layer.py: whether nn.Linear is one, or has hooks and adapters
+    chunks.py           linear layer and loss, a chunk of rows at a time;  linear_primitive.py: as a registered op
+    flops.py            what FlopCounterMode counts for it
+    backend.py          who computes: Triton, torch.compile or plain autograd
+    primitives.py       the seam: the five functions of a backend, registered with PyTorch
+    internals.py        PyTorch's private names, each with a way to do without
+    kernels/            Triton, for GPUs
+        arithmetic.py   functions of one number: 2^x, log2, 1/x, tanh
+        formulas.py     the mathematics of a tile of classes: exponentials, the coin, sums, the gradient of a class
+        groups.py       how a tile lies in the threads, and reductions over it
+        memory.py       where the classes of a row lie; loads, masks, the target's logit
+        rows.py         the values of a row: losses, coefficients of the gradient, tuples
+        walks.py        sums over the tiles of a row; the stores of the gradient, the target's last
+        kernels.py      the kernels;  small.py: those for the mean and the upstream gradient
+        plan.py         which way a row takes, by K: registers, a cluster, a loop;  launch.py: how it is launched
+        primitives.py   the five, as launches
+    compiled/           torch.compile, for machines without Triton and for float64
+        formulas.py     the mathematics of a class
+        passes.py       the mathematics of rows: losses, coefficients, the gradient, the target's
+        columns.py      how passes are written, so that each becomes one loop
+        inductor.py     where torch.compile and Inductor are asked, once for every set of options
+        primitives.py   the five, as passes
+    sharding/           classes over several ranks
+        shard.py        which classes a rank has;  dtensor.py: the same, told by a DTensor
+        collectives.py  what ranks send each other: the maximum, the sums
 
 Where a formula stands, three times (reference alone: in its one function, self_regularized_entropy):
 

@@ -1,9 +1,11 @@
 """The autograd Functions over the row primitives: two ways to the gradient.
 
-In a *single pass* it is computed together with the loss, already divided by the mean's denominator, and the backward
-hands it over, multiplied by the upstream gradient where that is not 1. With *recompute* the forward keeps seven numbers
-a row and the backward reads the logits again. Where classes are sharded, the losses and numbers of the rows come with
-the arguments (sharding/collectives.py), and the two ways differ in when they compute the gradient.
+*Single pass*: the forward computes the gradient together with the loss, already multiplied by the factor of the mean.
+The backward hands it over, multiplied by the upstream gradient where this is not 1. *Recompute*: the forward keeps the
+seven statistics of each row, and the backward reads the logits again.
+
+Where classes are sharded, sharding/collectives.py computes the losses and statistics before; a Function gets them as
+arguments, and computes the gradient alone.
 """
 
 import functools
@@ -30,7 +32,8 @@ def is_functional(grad_loss: Tensor) -> bool:
     return is_watched() or is_batched(grad_loss) or torch.is_grad_enabled()
 
 
-# No *args in a forward beside setup_context: torch.compile counts its parameters to see whether it takes a ctx.
+# A Function with `setup_context` has a `forward` without ctx. torch.compile tells the two kinds apart by the number of
+# forward's parameters, so each is written out here, where *args would be shorter.
 
 
 class SinglePass(torch.autograd.Function):
@@ -44,6 +47,7 @@ class SinglePass(torch.autograd.Function):
 
     @staticmethod
     def forward(rows, target, weight, factor, losses, stats, backend, reduction, inplace, options):
+        """(the loss, (4, N) losses of the rows, the gradient). Of sharded classes losses and stats are given."""
         row_primitives = primitives(backend)
         scale = factor.expand(rows.shape[0])
         if stats is None:
@@ -57,6 +61,7 @@ class SinglePass(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        """Keep the gradient."""
         _, losses, gradient = output
         ctx.num_inputs = len(inputs)
         ctx.backend = inputs[6]
@@ -67,6 +72,7 @@ class SinglePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _, grad_gradient):
+        """The gradient that is there, times the upstream one: in place, so only once."""
         no_more = (None,) * (ctx.num_inputs - 1)
         if torch.compiler.is_compiling():
             (gradient,) = ctx.saved_tensors
@@ -91,6 +97,7 @@ class Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(rows, target, weight, factor, losses, stats, backend, reduction, inplace, options):
+        """(the loss, (4, N) losses of the rows, (7, N) statistics), which are returned as they are if they came in."""
         if stats is None:
             losses, stats = primitives(backend).row_loss(rows, target, weight, options)
         else:
@@ -99,6 +106,7 @@ class Recompute(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        """Keep the arguments and the statistics."""
         rows, target, weight, factor, _, _, ctx.backend, _, ctx.inplace, options = inputs
         _, losses, stats = output
         ctx.num_inputs = len(inputs)
@@ -108,6 +116,7 @@ class Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
+        """The gradient, from the logits and the statistics."""
         no_more = (None,) * (ctx.num_inputs - 1)
         if grad_loss is None:
             return None, *no_more
@@ -128,18 +137,21 @@ class _RowGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(rows, backend, target, weight, stats, scale, options):
+        """The gradient, (N, K)."""
         return primitives(backend).row_gradient(rows, target, weight, stats, scale, options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass
+        """Nothing is kept."""
 
     @staticmethod
     def backward(ctx, *_):
+        """There is no second derivative."""
         raise RuntimeError(DOUBLE_BACKWARD)
 
 
 def _no_forward_ad(ctx, *tangents) -> None:
+    """The ``jvp`` of all Functions: there is none."""
     raise NotImplementedError(FORWARD_AD)
 
 
@@ -160,6 +172,7 @@ def _plain(function: type[torch.autograd.Function], count: int) -> type[torch.au
     class Plain(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
+            """As ``function.forward`` and ``setup_context``."""
             args = *args[:count], *args[count]
             outputs = function.forward(*args)
             function.setup_context(ctx, args, outputs)
@@ -167,6 +180,7 @@ def _plain(function: type[torch.autograd.Function], count: int) -> type[torch.au
 
         @staticmethod
         def backward(ctx, *grads):
+            """As ``function.backward``, for the arguments that are left."""
             return *function.backward(ctx, *grads)[:count], None
 
         jvp = staticmethod(_no_forward_ad)

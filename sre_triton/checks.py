@@ -5,7 +5,6 @@ tracing. The exception is the range of class indices that lie on a CPU.
 """
 
 import sys
-from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch.masked import MaskedTensor
 from torch.nn.parameter import UninitializedTensorMixin
 
 from .internals import is_watched, may_hold, under_functorch
-from .messages import of_shape, wrong
+from .messages import check_int, of_shape, wrong
 from .sharding.shard import VocabShard
 
 GAPS = (UninitializedTensorMixin, MaskedTensor)
@@ -69,6 +68,7 @@ def _way_to_floats(argument: str, value: Tensor) -> str:
 
 
 def _check_beside(argument: str, value: Tensor, input: Tensor) -> None:
+    """The tensor is a plain one, on the device of the input."""
     if is_dtensor(value):
         raise TypeError(f"{argument}: expected a plain tensor, as input is one, got a DTensor")
     if value.device != input.device:
@@ -106,6 +106,7 @@ def _check_target(
     logits_shape: torch.Size,
     dim: int,  # of the classes
 ) -> None:
+    """Target and class weights, once the logits have passed."""
     _check_beside("target", target, input)
     if target.shape == logits_shape:
         if target.dtype not in FLOATS:
@@ -216,8 +217,7 @@ def check_linear(
 
 def check_size(argument: str, value: object, expected: str = "an int") -> None:
     """A number of features, classes or rows."""
-    if not isinstance(value, (int, Integral)) or isinstance(value, bool):
-        raise wrong(TypeError, argument, expected, value)
+    check_int(argument, value, expected)
     if value < 1:
         raise wrong(ValueError, argument, f"{expected} of at least 1", value)
     if value >= 2**63:

@@ -21,21 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .backend import primitives
-from .flops import count_flops
 from .internals import hidden_from_modes
-from .primitives import (
-    DOUBLE_BACKWARD,
-    NUM_LOSSES,
-    NUM_OPTIONS,
-    OPTIONS,
-    OTHER_GRADIENTS,
-    RowOptions,
-    as_tensors,
-    kept_options,
-    needs_dispatch,
-    options_again,
-    without_forward_ad,
-)
+from .primitives import NUM_LOSSES, RowOptions
 from .reference import compute_dtype
 from .sharding.collectives import row_stats, sum_of_weights
 from .sharding.shard import group_of
@@ -47,7 +34,6 @@ GPU_LOGITS, GPU_ROWS = 2**28, 1024
 # On a CPU 64 MiB in float32. At K = 50257 and 128256, D = 256, chunks of 512 and 1024 rows were the fastest; those of
 # 256 took 1.04 times as long in float32, 1.2 times in bfloat16 (2 cores).
 CPU_LOGITS, CPU_ROWS = 2**24, 512
-NUM_TENSORS = 7  # the first arguments of the op
 MULTIPLE = 64  # of rows, as products are computed in tiles
 LINE = 128  # bytes: where rows begin on a GPU. Products that read them at any other place, as for odd K, are slow.
 
@@ -138,6 +124,7 @@ class _Gradients:
     def __init__(
         self, input: Tensor, W: Tensor, wanted: tuple[bool, bool, bool], sums_dtype: torch.dtype, group: object
     ) -> None:
+        """``sums_dtype`` is that of the sum over the chunks for W; ``group`` shards the classes, or is None."""
         of_input, of_weight, of_bias = wanted
         self.wanted, self.group, self.W = wanted, group, W
         self.exact = compute_dtype(W.dtype)
@@ -184,17 +171,22 @@ class _Gradients:
 
 
 @hidden_from_modes
-def _compute(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    factor: Tensor,
-    upstream: Tensor | None,
+def losses_and_gradients(
+    input: Tensor,  # (N, D)
+    linear_weight: Tensor,  # (K, D)
+    linear_bias: Tensor | None,  # (K,)
+    target: Tensor,  # (N,) or (N, K)
+    weight: Tensor | None,  # (K,)
+    factor: Tensor,  # ()
+    upstream: Tensor | None,  # () or (N,)
     how: How,
     options: RowOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The losses of each row, (4, N), the gradients of input, W and b, and the factor.
+
+    The gradients are those of Σ factor * upstream * loss, those of parameters in their :func:`gradient_dtype`. One that
+    is not wanted has no elements.
+    """
     row_primitives = primitives(how.backend)
     input, dtype = input.detach(), how.dtype
     W = linear_weight.detach().to(dtype)
@@ -244,114 +236,3 @@ def _compute(
         gradients.add(rows, x, g)
     factor = factor / divisor.squeeze(0) if how.divide else factor.clone()  # not what came in
     return losses, *gradients.finish(linear_weight, linear_bias), factor
-
-
-def _fake(
-    input, linear_weight, linear_bias, target, weight, factor, upstream, backend, chunk_rows, dtype, wanted, *_
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    of_input, of_weight, of_bias = wanted
-    bias = linear_weight if linear_bias is None else linear_bias
-    return (
-        input.new_empty(NUM_LOSSES, input.shape[0], dtype=compute_dtype(dtype)),
-        input.new_empty(input.shape if of_input else 0),
-        linear_weight.new_empty(linear_weight.shape if of_weight else 0, dtype=gradient_dtype(linear_weight, dtype)),
-        linear_weight.new_empty(linear_weight.shape[0] if of_bias else 0, dtype=gradient_dtype(bias, dtype)),
-        factor.new_empty(()),
-    )
-
-
-def _one_by_one(info, in_dims, *args):
-    """The batching rule. More rows in one call would not do, as gradients of parameters are sums over rows."""
-
-    def of_call(arg, dim, i):
-        return arg.select(dim, i) if isinstance(dim, int) else arg
-
-    calls = (map(of_call, args, in_dims, [i] * len(args)) for i in range(info.batch_size))
-    outputs = [_op(*call) for call in calls]
-    return tuple(torch.stack(output) for output in zip(*outputs, strict=True)), (0,) * len(outputs[0])
-
-
-def _flops(
-    input,
-    linear_weight,
-    linear_bias,
-    target,
-    weight,
-    factor,
-    upstream,
-    backend,
-    chunk_rows,
-    dtype,
-    wanted,
-    *_,
-    out_shape,
-) -> int:
-    """2 N D K for each product, that of the logits and those of gradients. K are the classes of this rank."""
-    of_input, of_weight, _ = wanted
-    (num_rows, num_features), (num_classes, _) = input, linear_weight
-    return 2 * num_rows * num_features * num_classes * (1 + of_input + of_weight)
-
-
-def _of_op(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`_compute`, whose last two arguments an op takes one by one."""
-    end = NUM_TENSORS + len(How._fields)  # PyTorch may leave out options after it that have their defaults
-    return _compute(*args[:NUM_TENSORS], How(*args[NUM_TENSORS:end]), RowOptions(*args[end:]))
-
-
-def _setup_context(ctx, inputs, output):
-    if any(ctx.needs_input_grad[3:5]):
-        raise ValueError(OTHER_GRADIENTS)
-    ctx.how = How(*inputs[NUM_TENSORS:-NUM_OPTIONS])
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[-1])
-    ctx.save_for_backward(*inputs[:5], *kept_options(ctx, RowOptions(*inputs[-NUM_OPTIONS:])))
-
-
-def _backward(ctx, grad_losses, *grad_gradients):
-    """Logits and gradients are computed anew: what the losses are multiplied by later is known now alone."""
-    if any(gradient is not None for gradient in grad_gradients):
-        raise RuntimeError(DOUBLE_BACKWARD)
-    input, linear_weight, linear_bias, target, weight, *saved = ctx.saved_tensors
-    tensors = input, linear_weight, linear_bias, target, weight
-    upstream = grad_losses[0]  # The other losses are the parts, through which no gradient flows.
-    wanted = list(ctx.needs_input_grad[:3])
-    one = torch.ones_like(upstream[:1]).squeeze(0)
-    how = ctx.how._replace(wanted=wanted, early=True, divide=False)
-    _, *gradients, _ = _op(*tensors, one, upstream, *how, *options_again(ctx, saved))
-    gradients = (gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted, strict=True))
-    return *gradients, *(None,) * (len(ctx.needs_input_grad) - 3)
-
-
-_op = torch.library.custom_op(
-    "sre_triton::linear_losses_and_gradients",
-    without_forward_ad(_of_op),
-    mutates_args=(),
-    schema="(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor factor, "
-    "Tensor? upstream, str backend, int chunk_rows, ScalarType dtype, bool[] wanted, bool early, str group, "
-    f"bool divide, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-_op.register_fake(_fake)
-_op.register_vmap(_one_by_one)
-_op.register_autograd(_backward, setup_context=_setup_context)
-count_flops(torch.ops.sre_triton.linear_losses_and_gradients, _flops)
-
-
-def linear_losses_and_gradients(
-    input: Tensor,  # (N, D)
-    linear_weight: Tensor,  # (K, D)
-    linear_bias: Tensor | None,  # (K,)
-    target: Tensor,  # (N,) or (N, K)
-    weight: Tensor | None,  # (K,)
-    factor: Tensor,  # ()
-    upstream: Tensor | None,  # (), (N,)
-    how: How,
-    options: RowOptions,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The losses of each row, (4, N), those gradients of Σ factor * upstream * loss that are wanted, and the factor.
-
-    The gradients of parameters have their :func:`gradient_dtype`. One that is not wanted has no elements.
-    """
-    tensors = input, linear_weight, linear_bias, target, weight, factor, upstream
-    if any(tensor is not None and needs_dispatch(tensor, (tensor,)) for tensor in tensors):
-        return _op(*tensors, *how._replace(wanted=list(how.wanted)), *as_tensors(options))
-    return _compute(*tensors, how, options)

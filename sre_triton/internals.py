@@ -157,6 +157,7 @@ def hidden_from_modes(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args, **keywords):
+        """Set all modes aside for the length of the call."""
         if not _num_function_modes() or keywords.get("backend") == "eager":
             return function(*args, **keywords)
         if torch.compiler.is_compiling():
@@ -349,6 +350,7 @@ def would_compile() -> bool:
     asked = []
 
     def backend(graph, inputs):
+        """Note the graph, and compile nothing."""
         asked.append(graph)
         return graph.forward
 
@@ -429,6 +431,7 @@ def compile_and_catch(graph: torch.fx.GraphModule, inputs: list, options: dict) 
     caught = []
 
     def compile_inner(*args, **keywords):
+        """As Inductor, whose result is kept."""
         caught.append(compile_fx_inner(*args, **keywords))
         return caught[-1]
 

@@ -16,8 +16,9 @@ from .arguments import Arguments
 from .autograd import apply, is_functional
 from .backend import primitives
 from .checks import under_autocast
-from .chunks import How, linear_losses_and_gradients
+from .chunks import How
 from .internals import is_transformed, is_watched, will_execute
+from .linear_primitive import linear_losses_and_gradients
 from .primitives import DOUBLE_BACKWARD, kept_options, options_again
 from .results import Call, reduced
 
@@ -43,6 +44,7 @@ class LinearSinglePass(torch.autograd.Function):
 
     @staticmethod
     def forward(input, linear_weight, linear_bias, target, weight, factor, reduction, how, options):
+        """(the loss, (4, N) losses of the rows, the factor, the three gradients)."""
         # With 1/N in them, gradients in float16 would vanish before the loss scaler reaches them.
         how = how._replace(early=how.dtype != torch.float16)
         tensors = input, linear_weight, linear_bias, target, weight, factor
@@ -51,6 +53,7 @@ class LinearSinglePass(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        """Keep the gradients, and the factor for float16."""
         _, losses, factor, *gradients = output
         ctx.num_inputs, ctx.how = len(inputs), inputs[7]
         ctx.handed_over = NO_GRADIENTS
@@ -60,6 +63,7 @@ class LinearSinglePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _, __, *grad_gradients):
+        """Those gradients that are asked for, times the upstream one: each in place, so only once."""
         compiling = torch.compiler.is_compiling()
         if not compiling and any(gradient is not None for gradient in grad_gradients):
             raise RuntimeError(DOUBLE_BACKWARD)
@@ -98,6 +102,7 @@ class LinearRecompute(torch.autograd.Function):
 
     @staticmethod
     def forward(input, linear_weight, linear_bias, target, weight, factor, reduction, how, options):
+        """(the loss, (4, N) losses of the rows, the factor)."""
         tensors = input, linear_weight, linear_bias, target, weight, factor
         how = how._replace(wanted=NO_GRADIENTS)
         losses, *_, factor = linear_losses_and_gradients(*tensors, None, how, options)
@@ -105,6 +110,7 @@ class LinearRecompute(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        """Keep the arguments."""
         *tensors, _, ctx.how, options = inputs
         ctx.num_inputs = len(inputs)
         ctx.set_materialize_grads(False)
@@ -113,6 +119,7 @@ class LinearRecompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
+        """Those gradients that are asked for, computed now."""
         if grad_loss is None:
             return (None,) * ctx.num_inputs
         input, linear_weight, linear_bias, target, weight, factor, *saved = ctx.saved_tensors
@@ -134,15 +141,17 @@ class _LinearGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(input, linear_weight, linear_bias, target, weight, factor, upstream, how, options):
+        """(the losses again, the three gradients, the factor)."""
         tensors = input, linear_weight, linear_bias, target, weight, factor, upstream
         return linear_losses_and_gradients(*tensors, how, options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass
+        """Nothing is kept."""
 
     @staticmethod
     def backward(ctx, *_):
+        """There is no second derivative."""
         raise RuntimeError(DOUBLE_BACKWARD)
 
 

@@ -3,6 +3,7 @@
 import reprlib
 import sys
 import warnings
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -39,10 +40,12 @@ class _Short(reprlib.Repr):
     """The beginning of what ``repr`` shows."""
 
     def __init__(self) -> None:
+        """With limits that keep a message to a few lines."""
         super().__init__()
         self.maxlevel, self.maxtuple, self.maxstring, self.maxother = 3, MOST_DIMENSIONS, 80, 120
 
     def repr1(self, x: object, level: int) -> str:
+        """What is shown of one value, and of each in a list; errors of its own ``repr`` are not raised."""
         try:
             return _of_tensor(x) if isinstance(x, Tensor) else super().repr1(x, level)
         except Exception:  # such as an int of more digits than Python writes
@@ -67,6 +70,12 @@ def wrong(error: type[Exception], argument: str, expected: str, value: object, m
     """The error; ``mend`` says what to do where that is not plain."""
     mend = mend and f"; {mend}"
     return error(f"{argument}: expected {expected}, got {short(value)}{mend}")
+
+
+def check_int(argument: str, value: object, expected: str = "an int") -> None:
+    """A whole number of Python or NumPy, and no bool."""
+    if not isinstance(value, (int, Integral)) or isinstance(value, bool):
+        raise wrong(TypeError, argument, expected, value)
 
 
 def warn_user(text: str, category: type[Warning] = UserWarning) -> None:

@@ -47,6 +47,7 @@ class _Loss(torch.nn.Module):
     reg_weight: Tensor
 
     def _check(self, weight: object, **options: object) -> None:
+        """Class weights and options, before they are kept."""
         check_options(Options(**options))
         shard, num_classes = options["shard"], self._num_classes
         if shard is not None and num_classes not in (None, shard.num_classes):
@@ -55,6 +56,7 @@ class _Loss(torch.nn.Module):
         check_class_weights(weight, sizes if shard is None else (shard.stop - shard.start, shard.num_classes))
 
     def _keep(self, arguments: dict[str, object], device: torch.device | str | None = None) -> None:
+        """Check the constructor's arguments and make attributes of them: λ and the class weights are buffers."""
         options = {name: arguments[name] for name in self._DEFAULTS}
         self._num_classes = arguments.get("num_classes")
         self._check(arguments["weight"], **options)
@@ -75,6 +77,7 @@ class _Loss(torch.nn.Module):
         self.register_buffer("reg_weight", reg_weight, persistent=False)
 
     def __setattr__(self, name: str, value: object) -> None:
+        """Check what is set after the constructor; λ is written into the buffer that is there."""
         kept = "reg_weight" in self.__dict__.get("_buffers", {})  # and what is set now comes after the constructor
         if kept and name == "reg_weight":
             self._set_reg_weight(value)
@@ -86,6 +89,7 @@ class _Loss(torch.nn.Module):
         super().__setattr__(name, float(value) if name in FLOATS and type(value) is int else value)
 
     def _set_reg_weight(self, value: object) -> None:
+        """Write λ into its buffer, which compiled and captured graphs read."""
         check_reg_weight(value, LARGEST)
         if isinstance(value, Tensor):
             self._local_reg_weight().copy_(value.detach())
@@ -100,6 +104,7 @@ class _Loss(torch.nn.Module):
         return self.reg_weight.to_local() if is_dtensor(self.reg_weight) else self.reg_weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Loss":
+        """``to``, ``half``, ``cuda`` and the like: λ moves to the device, but stays float32."""
         reg_weight = self.reg_weight
         super()._apply(fn, recurse)
         moved = self._buffers["reg_weight"]
@@ -113,6 +118,7 @@ class _Loss(torch.nn.Module):
         return self
 
     def _options(self) -> dict[str, object]:
+        """The keywords of the function."""
         return {name: getattr(self, name) for name in self._DEFAULTS} | {"reg_weight": self._local_reg_weight()}
 
     def extra_repr(self) -> str:
@@ -165,6 +171,7 @@ class SelfRegularizedEntropyLoss(_Loss):
         shard: VocabShard | None = None,
         backend: str | None = None,
     ) -> None:
+        """The arguments are the class's."""
         super().__init__()
         self._keep(locals())
 
@@ -225,6 +232,7 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
         shard: VocabShard | None = None,
         backend: str | None = None,
     ) -> None:
+        """The arguments are the class's."""
         super().__init__()
         check_layer(in_features, num_classes, dtype)
         self._keep(locals(), device)

@@ -10,7 +10,7 @@ exception is a λ that lies on a CPU.
 """
 
 import sys
-from numbers import Integral, Real
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .checks import REALS, check_dense, check_size, is_dtensor
 from .internals import may_hold
-from .messages import MANY_CLASSES, warn_once, wrong
+from .messages import MANY_CLASSES, check_int, warn_once, wrong
 from .primitives import RowOptions, value_on_cpu
 from .reference import compute_dtype
 from .sharding.shard import VocabShard
@@ -78,6 +78,7 @@ class Options(NamedTuple):
 
 
 def _is_number(value: object) -> bool:
+    """Whether it is a real number of Python or NumPy, and no bool."""
     # (int, float) comes first for torch.compile, which sees symbolic numbers as these.
     # Of the other real numbers only NumPy's can be multiplied by a tensor.
     if isinstance(value, (int, float)):
@@ -97,6 +98,7 @@ def _check_number(argument: str, value: object, low: float, high: float, expecte
 
 
 def _check_scalar_tensor(argument: str, value: Tensor) -> None:
+    """A plain real tensor of 0 dimensions. Warns where it requires a gradient, which it does not get."""
     check_dense(argument, value)
     if is_dtensor(value):
         raise TypeError(f"{argument}: expected a plain tensor, got a DTensor; {argument}.full_tensor() is one")
@@ -121,8 +123,7 @@ def check_options(options: Options) -> None:
     # For a smaller c, a probability divided by c leaves the range of float32.
     _check_number("c", options.c, 1e-30, 1.0, "a number from 1e-30 to 1", "for plain cross entropy pass reg_weight=0")
     check_reg_weight(options.reg_weight)
-    if not isinstance(options.ignore_index, (int, Integral)) or isinstance(options.ignore_index, bool):
-        raise wrong(TypeError, "ignore_index", "an int", options.ignore_index)
+    check_int("ignore_index", options.ignore_index)
     if not (may_hold(options.ignore_index >= -(2**63)) and may_hold(options.ignore_index < 2**63)):
         raise wrong(ValueError, "ignore_index", "an int of 64 bits", options.ignore_index)
     if not isinstance(options.reduction, str) or options.reduction not in REDUCTIONS:

@@ -1,6 +1,6 @@
 """The primitives as PyTorch sees them: one signature, one fake, one batching rule each, whoever computes them.
 
-A row of logits becomes a few numbers that combine across chunks and shards, then its gradient is an elementwise pass:
+A row of logits becomes a few statistics, which combine across shards, then its gradient is an elementwise pass:
 
     row_lse                 z -> the first five of its statistics
     row_sums                z, those five -> the other two
@@ -57,10 +57,10 @@ ROW_DIM = {"logits": 0, "target": 0, "scale": 0, "stats": 1}
 
 
 class RowOptions(NamedTuple):
-    """The last argument of all primitives: what a row's numbers depend on beside the tensors of its arguments.
+    """The last argument of all primitives: what a row's loss depends on beside the tensors among the arguments.
 
-    Numbers in eager code. While compiling c, λ', ε, α and the softcap are tensors, (), as torch.compile would compile
-    numbers in; and so may λ' be in eager code. An option that is not in use is None.
+    In eager code c, λ', ε, α and the softcap are Python numbers, but λ' may be a tensor, (). While compiling all five
+    are tensors, as torch.compile would compile numbers in. An option that is not in use is None.
     """
 
     c: float | Tensor
@@ -83,8 +83,8 @@ OPTIONS = (
 NUM_OPTIONS = len(RowOptions._fields)
 
 
-def new_numbers(logits: Tensor, count: int) -> Tensor:
-    """(count, N) numbers of the rows, not yet written."""
+def new_per_row(logits: Tensor, count: int) -> Tensor:
+    """Values of the rows, (count, N), not yet written."""
     return logits.new_empty(count, logits.shape[0], dtype=compute_dtype(logits.dtype))
 
 
@@ -113,12 +113,12 @@ class Primitive(NamedTuple):
 PRIMITIVES = {
     "row_lse": Primitive(
         "Tensor logits, Tensor target, Tensor? weight",
-        lambda z: new_numbers(z, NUM_LSE),
+        lambda z: new_per_row(z, NUM_LSE),
         (1,),
     ),
     "row_sums": Primitive(
         "Tensor logits, Tensor target, Tensor stats",
-        lambda z: new_numbers(z, NUM_SUMS),
+        lambda z: new_per_row(z, NUM_SUMS),
         (1,),
     ),
     "row_gradient": Primitive(
@@ -128,12 +128,12 @@ PRIMITIVES = {
     ),
     "row_loss": Primitive(
         "Tensor logits, Tensor target, Tensor? weight",
-        lambda z: (new_numbers(z, NUM_LOSSES), new_numbers(z, NUM_STATS)),
+        lambda z: (new_per_row(z, NUM_LOSSES), new_per_row(z, NUM_STATS)),
         (1, 1),
     ),
     "row_loss_and_gradient": Primitive(
         "Tensor logits, Tensor target, Tensor? weight, Tensor scale",
-        lambda z: (new_numbers(z, NUM_LOSSES), new_gradient(z)),
+        lambda z: (new_per_row(z, NUM_LOSSES), new_gradient(z)),
         (1, 0),
     ),
 }
@@ -184,6 +184,10 @@ def batching_rule(op: Callable, schema: str, out_row_dims: tuple[int, ...]) -> C
     all_names = names_in(schema)
 
     def rule(info, in_dims, *args):
+        """The outputs of all calls, and where their batch dimension is; `in_dims` says so of the arguments.
+
+        Where more than rows is batched, such as class weights, there are as many calls.
+        """
         batch = info.batch_size
         names = all_names[: len(args)]
         batched = [arg if dim is None else arg.movedim(dim, 0) for arg, dim in zip(args, in_dims, strict=True)]
@@ -218,6 +222,7 @@ def without_forward_ad(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def compute(*args):
+        """The function, but in forward mode an error."""
         if in_forward_mode():
             raise NotImplementedError(FORWARD_AD)
         return function(*args)
@@ -240,6 +245,7 @@ def register_formula(op: Callable, backend_of: Callable[[tuple], str], with_stat
     """
 
     def setup_context(ctx, inputs, output):
+        """Keep the arguments, and the statistics where they are there."""
         if any(ctx.needs_input_grad[1:3]):
             raise ValueError(OTHER_GRADIENTS)
         stats = output[1] if with_stats else None
@@ -250,6 +256,7 @@ def register_formula(op: Callable, backend_of: Callable[[tuple], str], with_stat
         ctx.save_for_backward(*inputs[:3], stats, *kept_options(ctx, RowOptions(*inputs[-NUM_OPTIONS:])))
 
     def backward(ctx, grad_losses, grad_gradient):
+        """The gradient of Σ grad_losses[0] * loss, by row_gradient."""
         if grad_gradient is not None:
             raise RuntimeError(DOUBLE_BACKWARD)
         logits, target, weight, stats, *saved = ctx.saved_tensors
@@ -271,6 +278,7 @@ def _register(backend: str, name: str) -> Callable:
     @without_forward_ad
     @hidden_from_modes
     def contiguous(*args):
+        """The backend's function on plain tensors; what it returns is contiguous, as the fake says."""
         importlib.import_module(f".{MODULES[backend]}", __package__)
         outs = _functions[backend, name](*args[:num_tensors], RowOptions(*args[num_tensors:]))
         return outs.contiguous() if isinstance(outs, Tensor) else tuple(out.contiguous() for out in outs)
@@ -295,12 +303,14 @@ def primitive(backend: str) -> Callable[[Callable], Callable]:
     """Make a backend's function of one of the five names what its op computes, and itself call the op if it must."""
 
     def register(function: Callable) -> Callable:
+        """The function, for calls that need no dispatch, and the op for all others."""
         name = function.__name__
         op = OPS[backend, name]
         _functions[backend, name] = function
 
         @functools.wraps(function)
         def call(logits: Tensor, *args):
+            """Whichever of the two the arguments ask for."""
             *tensors, options = args
             if not needs_dispatch(logits, (*tensors, *options)):
                 return function(logits, *args)

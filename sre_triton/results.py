@@ -34,7 +34,7 @@ def reduced(losses: Tensor, factor: Tensor, reduction: str, backend: str) -> Ten
 
 
 def few_launches(rows: Tensor, backend: str) -> bool:
-    """Whether kernels/small.py does in one launch what takes PyTorch several, for numbers of rows in eager code."""
+    """Whether kernels/small.py does in one launch what takes PyTorch several, for values of rows in eager code."""
     plain = type(rows) in (Tensor, torch.nn.Parameter) and not (rows.is_meta or is_watched() or is_batched(rows))
     return backend == "triton" and plain and 0 < rows.shape[0] <= primitives(backend).FEW_ROWS
 

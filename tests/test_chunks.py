@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import OPTIONS, linear_problem, options_of
 
-from sre_triton import chunks
+from sre_triton import chunks, linear_primitive
 
 N, D, K = 6, 8, 20
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -41,16 +41,16 @@ def arguments(probabilities, dtype, wanted, backend, **changed):
 @pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False), (False, False, False)], ids=str)
 @pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 def test_opcheck(probabilities, wanted, row_backend):
-    torch.library.opcheck(chunks._op, arguments(probabilities, torch.float32, wanted, row_backend))
+    torch.library.opcheck(linear_primitive._op, arguments(probabilities, torch.float32, wanted, row_backend))
 
 
 @pytest.mark.parametrize("logits", [torch.float16, torch.bfloat16, None], ids=str)
 @dtypes
 def test_fakes_have_the_shapes_and_dtypes_of_the_results(dtype, logits, uncompiled):
     given = arguments(False, dtype, (True, True, True), "compile", logits=logits or dtype)
-    real = chunks._op(*given)
+    real = linear_primitive._op(*given)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = chunks._op(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given])
+        fake = linear_primitive._op(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given])
     for ours, theirs in zip(real, fake, strict=True):
         assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
 

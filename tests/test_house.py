@@ -86,6 +86,23 @@ def test_functions_are_short():
     assert {*many} <= allowed | {"modules.py __init__"}
 
 
+def test_every_function_says_what_it_is_for():
+    silent = [f"{path} {node.name}" for path, node in functions() if ast.get_docstring(node) is None]
+    assert silent == []
+
+
+def test_files_are_short():
+    # internals.py is one file, whatever its length: what leans on PyTorch's private parts stands together.
+    lines = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py") if path.name != "internals.py"}
+    assert {path.name: count for path, count in lines.items() if count > 330} == {}
+
+
+def test_the_map_of_rooms_has_every_file():
+    rooms, _, _ = sre_triton.__doc__.partition("Where a formula stands")
+    named = {"", *re.findall(r"(?<![\w/])(\w+)\.py", rooms)}
+    assert {path.stem for path in PACKAGE.rglob("*.py")} - {"__init__"} == named - {""}
+
+
 def test_every_formula_is_where_the_map_says():
     table = re.search(r"    formula +reference.*?\n(.*?)\n\n", sre_triton.__doc__ + "\n\n", re.DOTALL)[1]
     rows = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]

@@ -13,6 +13,7 @@ from sre_triton import (
     Parts,
     SelfRegularizedEntropyLoss,
     chunks,
+    linear_primitive,
     linear_self_regularized_entropy,
     self_regularized_entropy,
 )
@@ -239,14 +240,14 @@ def test_only_gradients_that_are_wanted_are_computed(reduction, wanted, monkeypa
     )
     leaves = [tensor.detach().requires_grad_(bool(want)) for tensor, want in zip(tensors, wanted, strict=True)]
     found = []
-    compute = chunks._compute
+    compute = chunks.losses_and_gradients
 
     def spy(*args):
         outs = compute(*args)
         found.append([out.numel() > 0 for out in outs[1:4]])
         return outs
 
-    monkeypatch.setattr(chunks, "_compute", spy)
+    monkeypatch.setattr(linear_primitive, "losses_and_gradients", spy)
     loss = linear_self_regularized_entropy(
         leaves[0], leaves[1], target, linear_bias=leaves[2], reduction=reduction, backend=quick_backend
     )
@@ -322,8 +323,10 @@ def test_each_gradient_is_handed_over_when_it_is_asked_for(reduction, order, ups
 def test_only_gradients_that_are_asked_for_are_computed_again(monkeypatch, uncompiled):
     input, W, _, target, _ = linear_problem((N,), D, K, {})
     loss = linear_self_regularized_entropy(input, W, target, reduction="none").sum()
-    found, compute = [], chunks._compute
-    monkeypatch.setattr(chunks, "_compute", lambda *args: found.append(args[7].wanted) or compute(*args))
+    found, compute = [], chunks.losses_and_gradients
+    monkeypatch.setattr(
+        linear_primitive, "losses_and_gradients", lambda *args: found.append(args[7].wanted) or compute(*args)
+    )
     torch.autograd.grad(loss, input, retain_graph=True)
     torch.autograd.grad(loss, W)
     assert found == [(True, False, False), (False, True, False)]
@@ -455,8 +458,10 @@ def test_probabilities_that_want_a_gradient_take_the_plain_path():
 def test_backward_does_nothing_where_the_upstream_gradient_is_1(monkeypatch, uncompiled):
     input, W, _, target, _ = linear_problem((N,), D, K, {})
     found = []
-    compute = chunks._compute
-    monkeypatch.setattr(chunks, "_compute", lambda *args: found.append(compute(*args)) or found[-1])
+    compute = chunks.losses_and_gradients
+    monkeypatch.setattr(
+        linear_primitive, "losses_and_gradients", lambda *args: found.append(compute(*args)) or found[-1]
+    )
     loss = linear_self_regularized_entropy(input, W, target)
     of_weight = found[0][2]
     address, version = of_weight.data_ptr(), of_weight._version
@@ -471,8 +476,10 @@ def test_backward_does_nothing_where_the_upstream_gradient_is_1(monkeypatch, unc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @reductions
 def test_autocast(reduction, dtype, monkeypatch, quick_backend):
-    dtypes, compute = [], chunks._compute
-    monkeypatch.setattr(chunks, "_compute", lambda *args: dtypes.append(args[7].dtype) or compute(*args))
+    dtypes, compute = [], chunks.losses_and_gradients
+    monkeypatch.setattr(
+        linear_primitive, "losses_and_gradients", lambda *args: dtypes.append(args[7].dtype) or compute(*args)
+    )
     tensors = [tensor.detach().requires_grad_() for tensor in linear_problem((N,), D, K, {})[:3]]
     target = linear_problem((N,), D, K, {})[3]
     device = target.device.type

@@ -25,7 +25,7 @@ def offset_of(exp_sum: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def coin(d: Tensor, e: Tensor, off: Tensor, lost: Tensor, e_off: Tensor) -> tuple[Tensor, Tensor]:
-    """t and μ, from d, e = exp(d) and the numbers of `offset_of`."""
+    """t and μ, from d, e = exp(d) and the three of `offset_of`."""
     x = e * e_off
     # At -inf logits t stays finite, so that nothing multiplies 0 by infinity; exp(-1e4) is 0 in every dtype. (Here
     # torch.where is clamp, NaN included, in fewer instructions. A named constant would become an input of the graph.)

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .. import internals
 from ..messages import warn_user
-from .passes import SHORT, Scalars
+from .columns import SHORT
+from .passes import Scalars
 
 NO_COMPILER = (
     "sre_triton found no usable C++ compiler ({}), so the loss runs uncompiled, several times slower. "
@@ -132,6 +133,7 @@ class _Catcher:
     """
 
     def __init__(self, flat: list, is_short: bool) -> None:
+        """The arguments are the class's."""
         self.flat, self.is_short = flat, is_short
         self.was_asked = self.for_all_shapes = False
         self.inner: Callable | None = None
@@ -146,6 +148,7 @@ class _Catcher:
         self.for_all_shapes = _hold_for_all_shapes(inputs, self.is_short)
 
         def run(*inputs):
+            """Inductor's result for the graph's inputs, whose order the first call teaches."""
             if self.is_learning and not self.order:
                 self.order.extend(map(self._place, inputs))
             return whole(*inputs)

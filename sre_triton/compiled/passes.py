@@ -1,14 +1,13 @@
-"""Passes over rows of logits, as the fallback compiles them: a row's numbers, and the gradient that follows from them.
+"""Passes over rows of logits, as the fallback compiles them: a row's losses and statistics, and its gradient.
 
-From formulas.py come t and μ of each class, their sums over the classes are numbers of the row, and the gradient is
-coef_p p + coef_u u - coef_1  with the target's own value written over it.
+formulas.py gives t and μ of each class. Sums of them over the classes are values of the row, and the gradient of every
+class but the target's is made of these:
 
-All of it becomes one loop over the rows, in which a row is walked four times while it lies in the nearest cache. For
-that, Inductor must fuse all loops, and it fuses loops that take one row at a time; for tensors of one number a row, it
-would take a vector of them. So, in what is compiled, the numbers of a row are computed as (n, WIDTH), all columns the
-same; `_pack` collects them in the columns of one tensor, which is returned, since what is returned is stored and not
-derived again for every vector of classes; and `_columns` sums them out of it, as a reduction leaves one number a row
-without being a loop over many.
+    gradient = coef_e exp(z - m) + coef_u u - coef_1
+
+A pass takes whole tensors, (N, K) and (N,), and is compiled to one loop over the rows. For each row the loop goes over
+the classes up to four times, while they lie in the nearest cache: for the maximum, for the sum of exponentials, for the
+sums of h and u, for the gradient. columns.py says how a pass must be written to become one loop.
 """
 
 from typing import NamedTuple
@@ -17,10 +16,8 @@ import torch
 from torch import Tensor
 
 from ..reference import compute_dtype
+from .columns import largest_of_classes, pack, sum_of_classes, unpack, wide
 from .formulas import coin, h_of, offset_of, u_of
-
-WIDTH = 16  # the widest vector of floats that a CPU has
-SHORT = 1024  # classes: 64 additions in each lane of that vector, and errors of at most 32 roundings
 
 
 class Scalars(NamedTuple):
@@ -48,57 +45,13 @@ class Row(NamedTuple):
     u_sum: Tensor | None = None
 
 
-def _wide(column: Tensor) -> Tensor:
-    """(n, 1) -> (n, WIDTH)."""
-    return column.expand(-1, WIDTH) if torch.compiler.is_compiling() else column
-
-
-def _row(stats: tuple[Tensor, ...]) -> Row:
-    """From one (n,) for each number."""
-    return Row(*(_wide(number.unsqueeze(1)) for number in stats))
-
-
-def _pack(*numbers: Tensor) -> Tensor:
-    """A number a column: (n, WIDTH), or as many as there are."""
-    if not torch.compiler.is_compiling():
-        return torch.cat(numbers, 1)
-    column = torch.arange(WIDTH, dtype=numbers[0].dtype, device=numbers[0].device)
-    packed = numbers[0]
-    for i, number in enumerate(numbers[1:], 1):
-        packed = torch.where(column == i, number, packed)
-    return packed
-
-
-def _columns(packed: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
-    """The numbers of `_pack`, (n, 1), from the first on: sums of one number and zeros, exact in any order."""
-    if not torch.compiler.is_compiling():
-        return packed[:, first : first + count].split(1, 1)
-    column = torch.arange(WIDTH, dtype=packed.dtype, device=packed.device)
-    return tuple(torch.where(column == first + i, packed, 0).sum(1, keepdim=True) for i in range(count))
-
-
-def _sum(x: Tensor) -> Tensor:
-    """Over the classes, (n, WIDTH).
-
-    In float32 a lane of a vector sums K / 16 numbers one after another, and small ones are lost beside large ones:
-    5e-6 of a sum of exponentials at K = 131072. The float64 that prevents it costs 15 % of a step at K = 1000.
-    """
-    dtype = torch.float64 if x.shape[1] > SHORT and x.device.type != "mps" else x.dtype
-    return _wide(x.sum(1, keepdim=True, dtype=dtype)).to(x.dtype)
-
-
-def _max(z: Tensor) -> Tensor:
-    """Over the classes, (n, 1).
-
-    Of halves, and halves of these, which may overlap: a maximum waits for the one before, and long where it keeps NaN.
-    """
-    for _ in range(2):
-        half = (z.shape[1] + 1) // 2
-        z = torch.maximum(z[:, :half], z[:, -half:])
-    return z.amax(1, keepdim=True)
+def row_of(stats: tuple[Tensor, ...]) -> Row:
+    """The statistics as columns, from one (n,) for each of them."""
+    return Row(*(wide(value.unsqueeze(1)) for value in stats))
 
 
 def _capped(logits: Tensor, scalars: Scalars) -> Tensor:
+    """z: the logits in the dtype of the arithmetic, after the softcap."""
     z = logits.to(compute_dtype(logits.dtype))
     return z if scalars.softcap is None else scalars.softcap * torch.tanh(z / scalars.softcap)
 
@@ -128,7 +81,7 @@ def local_class(target: Tensor, num_classes: int, first_class: Tensor | None) ->
 
 def _at_target(z: Tensor, target: Tensor, scalars: Scalars) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Of each row: whether it is counted, its `local_class`, the logit there, and whether it is in another shard."""
-    target = _wide(target.unsqueeze(1))
+    target = wide(target.unsqueeze(1))
     counted = target != scalars.ignore_index
     index, here = local_class(target, z.shape[1], scalars.first_class)
     elsewhere = None
@@ -138,32 +91,33 @@ def _at_target(z: Tensor, target: Tensor, scalars: Scalars) -> tuple[Tensor, Ten
 
 
 def _unless(elsewhere: Tensor | None, x: Tensor | float) -> Tensor | float:
+    """x, and 0 for rows whose target is in another shard."""
     return x if elsewhere is None else torch.where(elsewhere, 0, x)
 
 
 def _lse(z: Tensor, target: Tensor, weight: Tensor | None, scalars: Scalars) -> tuple[Tensor, Tensor, Row]:
-    """d, exp(d), and the first five numbers of the rows."""
+    """d = z - m and exp(d), (n, K), and the first five statistics of the rows."""
     num_classes = z.shape[1]
     share, kept = shares(scalars, num_classes)
-    top = m = _max(z)
+    top = m = largest_of_classes(z)
     if scalars.all_classes is not None:
         top = torch.where(m == -torch.inf, 0, m)  # this shard's classes may all be masked where another's are not
     d = z - top
     e = d.exp()
-    top, m, exp_sum = _wide(top), _wide(m), _sum(e)
+    top, m, exp_sum = wide(top), wide(m), sum_of_classes(e)
     if target.dim() == 2:
         y = _smoothed(target, z, scalars)
         y = y if weight is None else y * weight
-        omega = torch.ones_like(m) if weight is None else _sum(target.to(z.dtype) * weight)
-        return d, e, Row(m, exp_sum, _sum(y), _sum(torch.where(y == 0, 0, y * d)), omega)
+        omega = torch.ones_like(m) if weight is None else sum_of_classes(target.to(z.dtype) * weight)
+        return d, e, Row(m, exp_sum, sum_of_classes(y), sum_of_classes(torch.where(y == 0, 0, y * d)), omega)
     _, index, here, z_g, elsewhere = _at_target(z, target, scalars)
     omega = torch.ones_like(z_g) if weight is None else weight[index]
     omega = _unless(elsewhere, torch.where(here, omega, float("nan")))
     y_sum = kept * omega
     yz_sum = y_sum * _unless(elsewhere, z_g - top)
     if scalars.label_smoothing is not None:
-        y_sum = y_sum + share * (num_classes if weight is None else _sum(weight.unsqueeze(0)))
-        yz_sum = yz_sum + share * _sum(d if weight is None else torch.where(weight == 0, 0, d * weight))
+        y_sum = y_sum + share * (num_classes if weight is None else sum_of_classes(weight.unsqueeze(0)))
+        yz_sum = yz_sum + share * sum_of_classes(d if weight is None else torch.where(weight == 0, 0, d * weight))
     return d, e, Row(m, exp_sum, y_sum, yz_sum, omega)
 
 
@@ -173,19 +127,25 @@ def _sums(
     """Σ (1 - y) h and Σ (1 - y) u."""
     if target.dim() == 2:
         wrong = 1 - _smoothed(target, z, scalars)
-        return _sum(wrong * h), _sum(wrong * u)
+        return sum_of_classes(wrong * h), sum_of_classes(wrong * u)
     share, kept = shares(scalars, z.shape[1])
     _, _, _, z_g, elsewhere = _at_target(z, target, scalars)
     kept = _unless(elsewhere, kept)
     t_g, mu_g = coin(z_g - row.m, (z_g - row.m).exp(), *offset)
-    return (1 - share) * _sum(h) - kept * h_of(t_g, mu_g), (1 - share) * _sum(u) - kept * u_of(t_g, mu_g)
+    return (1 - share) * sum_of_classes(h) - kept * h_of(t_g, mu_g), (1 - share) * sum_of_classes(u) - kept * u_of(
+        t_g, mu_g
+    )
 
 
 def _walked(z: Tensor, target: Tensor, weight: Tensor | None, scalars: Scalars) -> tuple:
-    """All that comes before a row's loss and gradient: what is to be stored, its offset, exp(d), u, all its numbers."""
+    """All that comes before the losses and the gradient: (first, offset, exp(d), u, row).
+
+    `first` is the offset of `offset_of`, packed: the pass returns it, so that it is stored and not computed again for
+    every vector of classes. `row` has all seven statistics.
+    """
     d, e, row = _lse(z, target, weight, scalars)
-    first = _pack(*offset_of(row.exp_sum, scalars.c))
-    offset = _columns(first, 0, 3)
+    first = pack(*offset_of(row.exp_sum, scalars.c))
+    offset = unpack(first, 0, 3)
     t, mu = coin(d, e, *offset)
     h, u = h_of(t, mu), u_of(t, mu)
     return first, offset, e, u, Row(*row[:5], *_sums(z, h, u, row, target, offset, scalars))
@@ -204,7 +164,7 @@ def losses_of(row: Row, target: Tensor, scalars: Scalars) -> tuple[Tensor, ...]:
     if target.dim() == 2:
         return losses
     counted = target.unsqueeze(1) != scalars.ignore_index
-    return tuple(torch.where(counted, number, 0) for number in losses)
+    return tuple(torch.where(counted, loss, 0) for loss in losses)
 
 
 def gradient_of(z: Tensor, e: Tensor, u: Tensor, coefs: tuple[Tensor | float, ...], scalars: Scalars) -> Tensor:
@@ -225,7 +185,7 @@ def coefficients_of(
 ) -> tuple[Tensor, ...]:
     """The gradient at the target, coef_p / exp_sum, coef_u, the scale, and whether the row is counted."""
     share, kept = shares(scalars, z.shape[1])
-    scale = _wide(scale.unsqueeze(1))
+    scale = wide(scale.unsqueeze(1))
     of_lse = -scalars.reg_weight * row.u_sum
     if scalars.z_loss is not None:
         of_lse = of_lse + 2 * scalars.z_loss * (row.m + row.exp_sum.log())
@@ -259,10 +219,13 @@ def _gradient(z, e, u, target, weight, coefs, scalars: Scalars) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The passes, all with the same arguments. They return numbers of the rows as `_pack` leaves them. The gradient is
-# written into `out`, except at the targets, whose gradients follow the numbers; without `out` it is returned as well,
-# complete. `out` may be the logits: as its coefficients are taken out of what is packed, it is written after all that
-# reads them. What else is returned is there only to be stored.
+# The passes, all with the same arguments. Each returns a packed tensor first (columns.py), with what its docstring says
+# in its columns, from the first on. With `out`, the gradient is written there, except at the targets: the caller writes
+# those, from the packed column after the losses. Without `out`, the gradient is the second tensor, complete. Tensors
+# after these are returned only so that Inductor stores them.
+#
+# `out` may be the logits themselves. The gradient of a row is made from what is packed, so Inductor writes it after
+# everything that reads the row.
 
 
 def _with_gradient(
@@ -274,6 +237,10 @@ def _with_gradient(
     last: int,
     scalars: Scalars,
 ) -> tuple[Tensor] | tuple[Tensor, Tensor]:
+    """(packed,), and the gradient written into `out`; without `out` (packed, gradient), complete.
+
+    Column `last` of what is packed has the gradient at the target.
+    """
     if out is not None:
         out.copy_(gradient)
         return (packed,)
@@ -285,37 +252,37 @@ def _with_gradient(
 
 
 def lse_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -> tuple[Tensor, ...]:
-    """The first five statistics."""
+    """Packed: the first five statistics."""
     _, _, row = _lse(_capped(logits, scalars), target, weight, scalars)
-    return (_pack(*row[:5]),)
+    return (pack(*row[:5]),)
 
 
 def sums_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -> tuple[Tensor, ...]:
-    """The other two, from the five."""
+    """Packed: the other two statistics, from the first five."""
     z = _capped(logits, scalars)
-    row = _row(stats)
-    first = _pack(*offset_of(row.exp_sum, scalars.c), row.m)
-    *offset, m = _columns(first, 0, 4)
+    row = row_of(stats)
+    first = pack(*offset_of(row.exp_sum, scalars.c), row.m)
+    *offset, m = unpack(first, 0, 4)
     d = z - m
     t, mu = coin(d, d.exp(), *offset)
     h, u = h_of(t, mu), u_of(t, mu)
-    return _pack(*_sums(z, h, u, row, target, offset, scalars)), first
+    return pack(*_sums(z, h, u, row, target, offset, scalars)), first
 
 
 def loss_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -> tuple[Tensor, ...]:
-    """Losses and statistics."""
+    """Packed: the four losses, the seven statistics."""
     first, *_, row = _walked(_capped(logits, scalars), target, weight, scalars)
-    return _pack(*losses_of(row, target, scalars), *row), first
+    return pack(*losses_of(row, target, scalars), *row), first
 
 
 def gradient_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -> tuple[Tensor, ...]:
-    """The gradient, from all seven statistics; no numbers before the target's."""
+    """Packed: the gradient at the target. And the gradient, from the seven statistics."""
     z = _capped(logits, scalars)
-    row = _row(stats)
+    row = row_of(stats)
     offset = offset_of(row.exp_sum, scalars.c)
     coefs = coefficients_of(z, row, target, weight, offset, scale, scalars)
-    packed = _pack(*coefs, *offset, row.m)
-    *coefs, off, lost, e_off, m = _columns(packed, 1, 8)
+    packed = pack(*coefs, *offset, row.m)
+    *coefs, off, lost, e_off, m = unpack(packed, 1, 8)
     d = z - m
     e = d.exp()
     u = u_of(*coin(d, e, off, lost, e_off))
@@ -324,10 +291,10 @@ def gradient_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -
 
 
 def loss_and_gradient_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -> tuple[Tensor, ...]:
-    """The losses, the target's gradient, and the gradient."""
+    """Packed: the four losses, the gradient at the target. And the gradient."""
     z = _capped(logits, scalars)
     first, offset, e, u, row = _walked(z, target, weight, scalars)
     coefs = coefficients_of(z, row, target, weight, offset, scale, scalars)
-    packed = _pack(*losses_of(row, target, scalars), *coefs)
-    gradient = _gradient(z, e, u, target, weight, _columns(packed, 5, 4), scalars)
+    packed = pack(*losses_of(row, target, scalars), *coefs)
+    gradient = _gradient(z, e, u, target, weight, unpack(packed, 5, 4), scalars)
     return *_with_gradient(gradient, logits.dtype, target, out, packed, 4, scalars), first

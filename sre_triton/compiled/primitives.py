@@ -1,8 +1,8 @@
 """The primitives through ``torch.compile``: for machines without Triton, and for float64.
 
-Each is a pass over the rows, which compiled is one loop (passes.py says how): a row comes from memory once, is found in
-the cache whenever it is walked over again, and its gradient goes to memory once. Where nothing can be compiled
-(inductor.py says where) the same functions run as they are, on blocks of rows.
+Each is a pass over the rows, compiled to one loop (columns.py says how). A row comes from memory once, lies in the
+cache whenever it is walked over again, and its gradient goes to memory once. Where nothing can be compiled (inductor.py
+says where) the same functions run as they are, on blocks of rows.
 """
 
 import functools
@@ -24,24 +24,27 @@ BLOCK_BYTES = 4 * 2**20
 
 
 @functools.lru_cache(maxsize=64)
-def _number(value: float, dtype: torch.dtype) -> Tensor:
+def _tensor_of(value: float, dtype: torch.dtype) -> Tensor:
+    """The number as a tensor, (), on the CPU; the same tensor for the same number."""
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device="cpu")
 
 
-def _scalar(value: float | Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _as_tensor(value: float | Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A scalar option as a tensor, (), of the dtype; one on a GPU as it is, since a conversion would be a launch."""
     if isinstance(value, Tensor):
         return value if value.dtype == dtype or value.device.type != "cpu" else value.to(dtype)
-    return None if value is None else _number(value, dtype)
+    return None if value is None else _tensor_of(value, dtype)
 
 
 def _made(dtype: torch.dtype, options: RowOptions) -> Scalars:
-    first = _scalar(options.c, torch.float64), _scalar(options.reg_weight, torch.float64)
-    others = (_scalar(option, dtype) for option in (options.label_smoothing, options.z_loss, options.softcap))
-    made = *first, _number(options.ignore_index, torch.int64), *others
+    """The options as tensors: c and λ' in float64, the indices in int64, the others in ``dtype``."""
+    first = _as_tensor(options.c, torch.float64), _as_tensor(options.reg_weight, torch.float64)
+    others = (_as_tensor(option, dtype) for option in (options.label_smoothing, options.z_loss, options.softcap))
+    made = *first, _tensor_of(options.ignore_index, torch.int64), *others
     if options.all_classes is None:
         return Scalars(*made)
-    return Scalars(*made, _number(options.first_class, torch.int64), _number(options.all_classes, torch.int64))
+    return Scalars(*made, _tensor_of(options.first_class, torch.int64), _tensor_of(options.all_classes, torch.int64))
 
 
 _made_of_numbers = functools.lru_cache(maxsize=64)(_made)
@@ -57,7 +60,7 @@ def scalars_of(dtype: torch.dtype, options: RowOptions) -> Scalars:
 def _run(
     function: Callable, logits: Tensor, target, weight, stats, scale, options, count: int, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """A pass over all rows: the first ``count`` numbers of each, (count, N), and the gradient, in ``out`` if given."""
+    """A pass over all rows: the first ``count`` values of each, (count, N), and the gradient, in ``out`` if given."""
     logits = logits.detach()
     dtype = compute_dtype(logits.dtype)
     if logits.shape[1] == 0:  # a shard without classes
@@ -102,7 +105,7 @@ def _blocks(
     out: Tensor | None,
     scalars: Scalars,
 ) -> Tensor:
-    """The same, a block of rows at a time, with the numbers of a row as the pass returns them.
+    """The same, a block of rows at a time: the values of all rows, packed as the pass returns them (columns.py).
 
     Rows that do not lie one after another are copied into z, and so is everything that leaves matrices as large as the
     logits in between, which so stay in the cache: softcap, and what is not compiled. The gradient may be written over

@@ -22,10 +22,8 @@ exist, `counted` which exist and are not ignored; None where all do. rows.py and
 import triton
 import triton.language as tl
 
-from .formulas import (
-    exp2_near_0,
-    reference_of,
-)
+from .arithmetic import exp2_near_0
+from .formulas import reference_of
 from .memory import (
     any_counted,
     at_targets,

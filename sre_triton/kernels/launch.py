@@ -55,14 +55,14 @@ def _in_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
-def _scalar(value: float | Tensor | None) -> float | Tensor | None:
+def _number_or_pointer(value: float | Tensor | None) -> float | Tensor | None:
     """The value of a tensor on the CPU; one on a GPU stays a tensor, as looking at it would wait for the GPU."""
     return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value
 
 
 def _scalars(options: RowOptions) -> Scalars:
     """The options as a kernel takes them."""
-    c = _scalar(options.c)
+    c = _number_or_pointer(options.c)
     whole = rest = None
     if isinstance(c, float):
         log2_c = math.log2(c)
@@ -71,11 +71,11 @@ def _scalars(options: RowOptions) -> Scalars:
         c=c,
         log2_c_whole=whole,
         log2_c_rest=rest,
-        reg_weight=_scalar(options.reg_weight),
+        reg_weight=_number_or_pointer(options.reg_weight),
         ignore_index=options.ignore_index,
-        label_smoothing=_scalar(options.label_smoothing),
-        z_loss=_scalar(options.z_loss),
-        softcap=_scalar(options.softcap),
+        label_smoothing=_number_or_pointer(options.label_smoothing),
+        z_loss=_number_or_pointer(options.z_loss),
+        softcap=_number_or_pointer(options.softcap),
     )
 
 

@@ -30,7 +30,7 @@ The tuples that the functions here pass on:
 import triton
 import triton.language as tl
 
-from .formulas import INF, load_logits
+from .arithmetic import INF, fma, tanh, value_of
 from .groups import column
 from .rows import load_if_counted, shares
 
@@ -71,6 +71,21 @@ def any_counted(counted, VARIANT: tl.constexpr):
         return counted
     else:
         return True
+
+
+@triton.jit
+def load_logits(pointers, mask, softcap):
+    """z, float32 of the shape of the pointers, after the softcap; -inf outside the mask.
+
+    -inf is the logit of a class that does not exist: its exponential is 0.
+    """
+    z = (tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=-INF)).to(tl.float32)
+    if softcap is not None:
+        softcap = value_of(softcap)
+        z = fma(tanh(z * (1.0 / softcap)), softcap, 0.0)  # not a plain product: see less_product
+        if mask is not None:
+            z = tl.where(mask, z, -INF)
+    return z
 
 
 @triton.jit

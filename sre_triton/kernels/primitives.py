@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..primitives import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, RowOptions, new_gradient, new_numbers, primitive
+from ..primitives import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, RowOptions, new_gradient, new_per_row, primitive
 from .kernels import row_gradient_kernel, row_loss_kernel, row_lse_kernel, row_sums_kernel
 from .launch import launch, on_device
 from .small import inverse_count_kernel, scale_gradient_kernel, scaled_sum_kernel
@@ -23,7 +23,7 @@ SCALING_TILE = 2048
 @primitive("triton")
 def row_lse(logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions) -> Tensor:
     """m, exp_sum, y_sum, yz_sum, omega of each row: (5, N)."""
-    stats = new_numbers(logits, NUM_LSE)
+    stats = new_per_row(logits, NUM_LSE)
     launch(row_lse_kernel, logits, target, weight, options, stats_ptr=stats)
     return stats
 
@@ -31,14 +31,14 @@ def row_lse(logits: Tensor, target: Tensor, weight: Tensor | None, options: RowO
 @primitive("triton")
 def row_sums(logits: Tensor, target: Tensor, stats: Tensor, options: RowOptions) -> Tensor:
     """h_sum and u_sum of each row, (2, N), from the (5, N) of row_lse."""
-    sums = new_numbers(logits, NUM_SUMS)
+    sums = new_per_row(logits, NUM_SUMS)
     launch(row_sums_kernel, logits, target, None, options, stats_ptr=stats.contiguous(), sums_ptr=sums)
     return sums
 
 
 def _launch_row_loss(logits, target, weight, options, *, scale=None, stats=None, gradient=None) -> Tensor:
     """The losses of each row, (4, N), from one launch; it fills the statistics and the gradient that are given."""
-    losses = new_numbers(logits, NUM_LOSSES)
+    losses = new_per_row(logits, NUM_LOSSES)
     launch(
         row_loss_kernel,
         logits,
@@ -57,7 +57,7 @@ def _launch_row_loss(logits, target, weight, options, *, scale=None, stats=None,
 @primitive("triton")
 def row_loss(logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions) -> tuple[Tensor, Tensor]:
     """The losses of each row, (4, N), and its statistics, (7, N), from which row_gradient goes on."""
-    stats = new_numbers(logits, NUM_STATS)
+    stats = new_per_row(logits, NUM_STATS)
     return _launch_row_loss(logits, target, weight, options, stats=stats), stats
 
 

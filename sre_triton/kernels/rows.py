@@ -27,17 +27,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .formulas import (
-    LN_2,
-    coin_h_and_u,
-    exp2_near_0,
-    finite_maximum,
-    fma,
-    less_product,
-    log2_parts,
-    reciprocal,
-    value_of,
-)
+from .arithmetic import LN_2, exp2_near_0, fma, less_product, log2_parts, reciprocal, value_of
+from .formulas import coin_h_and_u, finite_maximum
 
 
 class Inputs(NamedTuple):
@@ -55,7 +46,7 @@ class Inputs(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """The scalar options: numbers, or pointers to the GPU's memory (formulas.py: `value_of`).
+    """The scalar options: numbers, or pointers to the GPU's memory (arithmetic.py: `value_of`).
 
     None takes an option out of the compiled code. No value is compiled in.
     """

@@ -8,8 +8,8 @@ memory.py.
 import triton
 import triton.language as tl
 
+from .arithmetic import INF, value_of
 from .formulas import (
-    INF,
     add_to_lse,
     coin_h_and_u,
     columns,
@@ -22,27 +22,11 @@ from .formulas import (
     sum_of_exps,
     sums_of_h_and_u,
     sums_of_y,
-    value_of,
     weighted_sums_of_h_and_u,
 )
-from .groups import (
-    column,
-    largest_of_row,
-    sum_of_row,
-    sum_pairs,
-)
-from .memory import (
-    full_tile,
-    last_step,
-    load_tiles,
-    place_of_edge,
-    place_of_tile,
-    window_of,
-)
-from .rows import (
-    shares,
-    zeros,
-)
+from .groups import column, largest_of_row, sum_of_row, sum_pairs
+from .memory import full_tile, last_step, load_tiles, place_of_edge, place_of_tile, window_of
+from .rows import shares, zeros
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sums over tiles, and their gradient

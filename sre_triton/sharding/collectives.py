@@ -1,17 +1,19 @@
-"""Classes sharded over the ranks of a process group: a row's numbers from those of its shards.
+"""Classes sharded over the ranks of a process group: a row's statistics from those of its shards.
 
 Each rank has the logits of its classes, all rows, and all targets. A step is
 
     row_lse         of the shard's classes
-    all-gather      its numbers; m = max m_r, exp_sum = Σ exp_sum_r exp(m_r - m), the sums with y likewise
+    all-gather      of the five; m = max m_r, exp_sum = Σ exp_sum_r exp(m_r - m), the sums with y likewise
     row_sums        with the row's m and exp_sum
     all-reduce      h_sum and u_sum
     row_gradient    now, or in the backward, without a collective
 
-Beyond GATHER_RANKS ranks, whose numbers together outgrow a shard's logits, two all-reduces, of the maxima and of the
-sums, take the place of the gathering. Nothing is ever asked of the other ranks beside that: what they must agree on
-travels in front of the first numbers (:func:`_header`). Where they do not, a CPU raises and a GPU, which is not waited
-for, makes NaN of all rows.
+So this is where ranks agree on a row's maximum: :func:`_combine`. Beyond GATHER_RANKS ranks, whose statistics together
+outgrow a shard's logits, two all-reduces, of the maxima and of the sums, take the place of the gathering.
+
+There is no other communication. What ranks must agree on, such as K and the options, travels in front of the five
+statistics (:func:`_header`). Where they do not agree, a CPU raises; a GPU, which is not waited for, makes NaN of all
+rows.
 """
 
 import functools
@@ -36,7 +38,7 @@ from ..primitives import (
     as_tensors,
     batching_rule,
     needs_dispatch,
-    new_numbers,
+    new_per_row,
     register_formula,
     without_forward_ad,
 )
@@ -58,7 +60,7 @@ NOT_EVERY_CLASS_ONCE = "shard: expected the shards of the group's ranks to hold 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What travels in front of the numbers
+# What travels in front of the statistics
 
 
 NUM_DIGEST, NUM_VALUES, NUM_SUMMED = 3, 6, 2
@@ -66,24 +68,28 @@ NUM_SAME = NUM_DIGEST + NUM_VALUES
 
 
 def _digest(text: str, count: int, bits: int) -> list[int]:
-    """``count`` numbers of so many bits: what floats hold exactly, and their sums over thousands of ranks too."""
+    """A digest of the text: ``count`` whole numbers of ``bits`` bits, which floats hold exactly, as their sums do."""
     digest = hashlib.blake2b(text.encode(), digest_size=2 * count).digest()
     return [int.from_bytes(digest[i : i + 2], "big") >> (16 - bits) for i in range(0, 2 * count, 2)]
 
 
 @functools.lru_cache(maxsize=256)
 def _constants(text: str, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What of a header is the same at every step: all but the values, for which there are zeros."""
     ends = zip(_digest(str(stop), NUM_SUMMED, 12), _digest(str(start), NUM_SUMMED, 12), strict=True)
     with torch.inference_mode(False):
-        numbers = [*_digest(text, NUM_DIGEST, 16), *[0] * NUM_VALUES, *(stop - start for stop, start in ends)]
-        return torch.tensor(numbers, dtype=dtype, device=device)
+        header = [*_digest(text, NUM_DIGEST, 16), *[0] * NUM_VALUES, *(stop - start for stop, start in ends)]
+        return torch.tensor(header, dtype=dtype, device=device)
 
 
 def _header(text: str, values: tuple[float | Tensor | None, ...], start: int, stop: int, like: Tensor) -> Tensor:
-    """(NUM_SAME + NUM_SUMMED,): what is the same on all ranks, and what has the same sum over them wherever they meet.
+    """What a rank sends in front of its statistics, (NUM_SAME + NUM_SUMMED,), so that all see whether they agree.
 
-    Same are a digest of the call and the values, of which None counts as 0. The sum is that of digest(stop) -
-    digest(start): if the shards hold every class once, all ends but the outermost cancel.
+    The first NUM_SAME must be the same on all ranks: a digest of the text, which says what is called, and the values of
+    the options, with 0 for None. The last NUM_SUMMED are digest(stop) - digest(start), and the ranks add them up. If
+    the shards hold every class once, each stop but the last is another shard's start, and the two cancel: the sum is
+    digest(K) - digest(0), however the classes are shared out. Example: the shards 0 to 6 and 6 to 10 give digest(6) -
+    digest(0) + digest(10) - digest(6).
     """
     header, largest = _constants(text, start, stop, like.dtype, like.device).clone(), torch.finfo(like.dtype).max
     for i, value in enumerate(values, NUM_DIGEST):
@@ -95,15 +101,17 @@ def _header(text: str, values: tuple[float | Tensor | None, ...], start: int, st
 
 
 def _expected_sum(num_classes: int, like: Tensor) -> Tensor:
+    """What the last NUM_SUMMED of all headers add up to, if the shards hold every class once."""
     return _constants("", 0, num_classes, like.dtype, like.device)[NUM_SAME:]
 
 
 def _same(a: Tensor, b: Tensor) -> Tensor:
+    """Where a and b are equal, or both NaN."""
     return (a == b) | (a.isnan() & b.isnan())
 
 
 def _checked(stats: Tensor, same: Tensor, complete: Tensor, num_classes: int) -> Tensor:
-    """The numbers, if the ranks (``same``, one each, or one for all) made the same call on complete shards."""
+    """The statistics, if the ranks (``same``, one each, or one for all) made the same call on complete shards."""
     if stats.device.type not in READABLE:
         return torch.where(same.all() & complete, stats, torch.nan)
     if not same.all():
@@ -124,7 +132,7 @@ _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else 
 
 
 def _relative(stats: Tensor, m: Tensor) -> Tensor:
-    """What of row_lse's numbers (..., count, N) adds up over the shards, relative to the maximum of all, m (N,)."""
+    """What of row_lse's statistics (..., count, N) adds up over the shards, relative to the largest m of all, (N,)."""
     m_r, exp_sum, y_sum, yz_sum, *omega = stats.unbind(-2)
     shift = torch.where(m_r == -torch.inf, 0, m_r - m)  # there is nothing to shift where all classes are masked
     return torch.stack([exp_sum * shift.exp(), y_sum, yz_sum + y_sum * shift, *omega], -2)
@@ -133,7 +141,7 @@ def _relative(stats: Tensor, m: Tensor) -> Tensor:
 def _combine(
     stats: Tensor, header: Tensor, rest: Tensor, group: "dist.ProcessGroup", num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """From row_lse's numbers (count, N) of the shards those of whole rows, and the sum of ``rest`` over the ranks."""
+    """Statistics of whole rows, (count, N), from row_lse's of this shard, and the sum of ``rest`` over the ranks."""
     num_ranks, (count, num_rows) = dist.get_world_size(group), stats.shape
     same, summed = header[:NUM_SAME], torch.cat([header[NUM_SAME:], rest])
     expected = _expected_sum(num_classes, header)
@@ -190,7 +198,7 @@ def row_stats(
     num_rows, num_here = logits.shape
     indices = target.dim() == 1
 
-    stats = new_numbers(logits, NUM_LSE)
+    stats = new_per_row(logits, NUM_LSE)
     if num_here:
         stats = row_primitives.row_lse(logits, target, weight, options)
     else:
@@ -220,10 +228,12 @@ def row_stats(
 
 @hidden_from_modes
 def _compute(logits, target, weight, factor, backend, group, options: RowOptions) -> tuple[Tensor, Tensor]:
+    """Losses (4, N) and statistics (7, N), given the backend and the group by name."""
     return row_stats(primitives(backend), logits, target, weight, options, group_of(group), factor)[:2]
 
 
 def _of_op(*args) -> tuple[Tensor, Tensor]:
+    """:func:`_compute`, whose last argument an op takes one by one."""
     return _compute(*args[:6], RowOptions(*args[6:]))
 
 
@@ -237,7 +247,7 @@ _op = torch.library.custom_op(
     mutates_args=(),
     schema=_SCHEMA,
 )
-_op.register_fake(lambda logits, *_: (new_numbers(logits, NUM_LOSSES), new_numbers(logits, NUM_STATS)))
+_op.register_fake(lambda logits, *_: (new_per_row(logits, NUM_LOSSES), new_per_row(logits, NUM_STATS)))
 _op.register_vmap(batching_rule(_op, _SCHEMA, (1, 1)))
 register_formula(_op, lambda inputs: inputs[4], with_stats=True)
 

@@ -41,6 +41,7 @@ class Layout(NamedTuple):
     share: float  # of all rows, those on this rank
 
     def _shards_rows(self, dim: int | None) -> bool:
+        """Whether a dimension of the mesh that shards ``dim`` of the logits shards rows."""
         return dim not in (None, self.class_dim)
 
     def _placements(self, ndim: int) -> list[Placement]:
@@ -85,11 +86,13 @@ class Layout(NamedTuple):
 def _layout(
     mesh: DeviceMesh, dims: Dims, class_dim: int, shape: tuple[int, ...], local_shape: tuple[int, ...]
 ) -> Layout:
+    """The layout of logits, given their shape and that of this rank's part."""
     all_rows, rows = (torch.Size(size[:class_dim] + size[class_dim + 1 :]).numel() for size in (shape, local_shape))
     return Layout(mesh, dims, class_dim, torch.Size(shape), rows / all_rows if all_rows else 1.0)
 
 
 def _check_shard(shard: VocabShard | None) -> None:
+    """There is none: a DTensor says which classes it holds."""
     if shard is not None:
         raise wrong(ValueError, "shard", "None with a DTensor, whose placements say what it holds", shard)
 

@@ -1,13 +1,12 @@
 """Which classes a rank has, where they are sharded over a process group or a DTensor."""
 
 from dataclasses import dataclass, field
-from numbers import Integral
 
 import torch
 import torch.distributed as dist
 
 from ..internals import group_named, remember_group
-from ..messages import short, wrong
+from ..messages import check_int, short, wrong
 
 
 def _chunk(num_classes: int, num_shards: int, index: int) -> tuple[int, int]:
@@ -56,8 +55,9 @@ class VocabShard:
     name: str = field(repr=False)  # the group's
 
     def __init__(self, start: int, stop: int, num_classes: int, group: "dist.ProcessGroup | None" = None) -> None:
+        """The arguments are the class's."""
         for argument, value in (("start", start), ("stop", stop), ("num_classes", num_classes)):
-            _check_int(argument, value)
+            check_int(argument, value)
             object.__setattr__(self, argument, int(value))
         if not 0 <= start <= stop <= num_classes or num_classes == 0:
             got = f"start={short(start)}, stop={short(stop)}, num_classes={short(num_classes)}"
@@ -78,7 +78,7 @@ class VocabShard:
             num_classes: K.
             group: as above; the calling process is one of its ranks.
         """
-        _check_int("num_classes", num_classes)
+        check_int("num_classes", num_classes)
         group = _checked_group(group)
         return cls(*_chunk(num_classes, dist.get_world_size(group), dist.get_rank(group)), num_classes, group)
 
@@ -108,11 +108,6 @@ class VocabShard:
         mesh, num_classes = tensor.device_mesh, tensor.shape[dim]
         ends = _chunk(num_classes, mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim))
         return cls(*ends, num_classes, mesh.get_group(mesh_dim))
-
-
-def _check_int(argument: str, value: object) -> None:
-    if not isinstance(value, (int, Integral)) or isinstance(value, bool):
-        raise wrong(TypeError, argument, "an int", value)
 
 
 def _checked_group(group: "dist.ProcessGroup | None") -> "dist.ProcessGroup":

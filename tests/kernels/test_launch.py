@@ -9,8 +9,10 @@ from sre_triton import self_regularized_entropy
 from sre_triton.backend import primitives
 
 tl = pytest.importorskip("triton.language")
+arithmetic = pytest.importorskip("sre_triton.kernels.arithmetic")
 formulas = pytest.importorskip("sre_triton.kernels.formulas")
 launch = pytest.importorskip("sre_triton.kernels.launch")
+rows = pytest.importorskip("sre_triton.kernels.rows")
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 
@@ -139,8 +141,10 @@ def test_bounds_with_the_errors_that_instructions_may_have(K, spread, lead, on_t
     def inexact_log2(x, PTX):
         return tl.log2(x) + error(x, 2**-22)
 
-    for name, function in (("_exp2", inexact_exp2), ("reciprocal", inexact_reciprocal), ("_log2", inexact_log2)):
-        monkeypatch.setattr(formulas, name, function)
+    for name, function in (("exp2", inexact_exp2), ("reciprocal", inexact_reciprocal), ("log2", inexact_log2)):
+        for module in (arithmetic, formulas, rows):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, function)
     logits, target, _ = problem(2, K, {}, spread=spread)
     logits[torch.arange(2), target] += lead
     assert_within_bounds(logits, target, on_triton, recompute=False)
@@ -206,7 +210,7 @@ def test_nothing_outside_the_arguments_is_read_or_written(K, dtype, name, probab
         checks.append(untouched)
         return matrix
 
-    monkeypatch.setattr(kernels, "new_numbers", lambda z, count: new_matrix((count, N), torch.float32))
+    monkeypatch.setattr(kernels, "new_per_row", lambda z, count: new_matrix((count, N), torch.float32))
     monkeypatch.setattr(kernels, "new_gradient", lambda z: new_matrix(z.shape, z.dtype))
     losses, stats = kernels.row_loss(logits, target, weight, options)
     fused_losses, fused_gradient = kernels.row_loss_and_gradient(logits, target, weight, scale, options)
