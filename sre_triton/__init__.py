@@ -43,6 +43,9 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
         shard.py        which classes a rank has;  dtensor.py: the same, told by a DTensor
         collectives.py  what ranks send each other: the maximum, the sums
 
+A constant that was measured has the comment "Measured", with the machine; one that only a GPU can decide has "No GPU
+has timed this".
+
 Where a formula stands, three times (reference alone: in its one function, self_regularized_entropy):
 
     formula                     reference               kernels/                      compiled/

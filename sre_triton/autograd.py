@@ -17,14 +17,10 @@ from . import eager
 from .arguments import Arguments
 from .backend import primitives
 from .internals import is_batched, is_transformed, is_watched
-from .primitives import DOUBLE_BACKWARD, FORWARD_AD, kept_options, options_again
+from .messages import DOUBLE_BACKWARD, FORWARD_AD, SECOND_BACKWARD
+from .primitives import kept_options, options_again
 from .results import Call, reduced
 from .sharding.collectives import sharded_row_loss
-
-SECOND_BACKWARD = (
-    "self_regularized_entropy: the gradient was computed together with the loss and handed over by the first backward; "
-    "pass recompute=True to run backward through the same graph again"
-)
 
 
 def is_functional(grad_loss: Tensor) -> bool:

@@ -31,8 +31,8 @@ from .sharding.shard import group_of
 # On a GPU 512 MiB in bfloat16. While an H100 moves a byte it does 330 operations of a product in bfloat16, and of dW it
 # moves 8 bytes for 2 operations a row: from 1300 rows on it can do both at a time. No GPU has timed this.
 GPU_LOGITS, GPU_ROWS = 2**28, 1024
-# On a CPU 64 MiB in float32. At K = 50257 and 128256, D = 256, chunks of 512 and 1024 rows were the fastest; those of
-# 256 took 1.04 times as long in float32, 1.2 times in bfloat16 (2 cores).
+# On a CPU 64 MiB in float32. Measured at K = 50257 and 128256, D = 256 (2 cores, AVX-512): chunks of 512 and 1024 rows
+# were the fastest; those of 256 took 1.04 times as long in float32, 1.2 times in bfloat16.
 CPU_LOGITS, CPU_ROWS = 2**24, 512
 MULTIPLE = 64  # of rows, as products are computed in tiles
 LINE = 128  # bytes: where rows begin on a GPU. Products that read them at any other place, as for odd K, are slow.
@@ -77,7 +77,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
             how["out_dtype"] = total.dtype
         elif a.dtype == torch.bfloat16:
             # A CPU that multiplies bfloat16 has it as the result, too: rounded once a chunk, after sums in float32.
-            # Products in float32 made a step 1.6 times as long (2 cores, AVX-512).
+            # Measured (2 cores, AVX-512): products in float32 made a step 1.6 times as long.
             total.copy_(a @ b) if first else total.add_(a @ b)
             return
         else:

@@ -19,13 +19,10 @@ from .checks import under_autocast
 from .chunks import How
 from .internals import is_transformed, is_watched, will_execute
 from .linear_primitive import linear_losses_and_gradients
-from .primitives import DOUBLE_BACKWARD, kept_options, options_again
+from .messages import DOUBLE_BACKWARD, SECOND_BACKWARD_OF_LINEAR
+from .primitives import kept_options, options_again
 from .results import Call, reduced
 
-SECOND_BACKWARD = (
-    "linear_self_regularized_entropy: the gradients were computed together with the loss and handed over by the first "
-    "backward; pass reduction='none', which computes them in every backward, to run it through the same graph again"
-)
 NO_GRADIENTS = (False, False, False)
 
 
@@ -69,7 +66,7 @@ class LinearSinglePass(torch.autograd.Function):
             raise RuntimeError(DOUBLE_BACKWARD)
         asked = _asked_for(ctx, ctx.how.wanted)
         if not compiling and any(map(operator.and_, asked, ctx.handed_over)):
-            raise RuntimeError(SECOND_BACKWARD)
+            raise RuntimeError(SECOND_BACKWARD_OF_LINEAR)
         if grad_loss is None:
             return (None,) * ctx.num_inputs
         factor, *gradients = ctx.saved_tensors

@@ -8,12 +8,11 @@ from torch import Tensor
 
 from .chunks import How, gradient_dtype, losses_and_gradients
 from .flops import count_flops
+from .messages import DOUBLE_BACKWARD, OTHER_GRADIENTS
 from .primitives import (
-    DOUBLE_BACKWARD,
     NUM_LOSSES,
     NUM_OPTIONS,
     OPTIONS,
-    OTHER_GRADIENTS,
     RowOptions,
     as_tensors,
     kept_options,

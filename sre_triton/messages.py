@@ -1,4 +1,8 @@
-"""What an error says: the argument, what was expected, what came and what mends it, briefly; and where a warning is."""
+"""The texts of errors and warnings: how they are worded, those that are constants, and where a warning points.
+
+An error about a value says the argument, what was expected, what came, and what mends it: `wrong`. Its words stand
+where the value is checked: options.py, checks.py, sharding/shard.py, backend.py.
+"""
 
 import reprlib
 import sys
@@ -86,11 +90,61 @@ def warn_user(text: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(text, category, stacklevel=level)
 
 
-# From this many classes on, the plain sum S outweighs the cross entropy: measured on Gaussian clusters, accuracy fell
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors without a value in them, and those that several files raise.
+
+DOUBLE_BACKWARD = (
+    "sre_triton: the gradient cannot be differentiated again; pass backend='eager', which can, unless classes are "
+    "sharded"
+)
+FORWARD_AD = (
+    "sre_triton: there is no derivative in forward mode (torch.func.jvp, jacfwd, hessian, linearize, "
+    "torch.autograd.forward_ad); pass backend='eager', which has one, unless classes are sharded"
+)
+OTHER_GRADIENTS = (
+    "backend: expected 'eager' when a program is exported whose target or weight will require a gradient; detach them "
+    "if you do not want one"
+)
+SECOND_BACKWARD = (
+    "self_regularized_entropy: the gradient was computed together with the loss and handed over by the first backward; "
+    "pass recompute=True to run backward through the same graph again"
+)
+SECOND_BACKWARD_OF_LINEAR = (
+    "linear_self_regularized_entropy: the gradients were computed together with the loss and handed over by the first "
+    "backward; pass reduction='none', which computes them in every backward, to run it through the same graph again"
+)
+DIFFERENT_CALLS = (
+    "shard: expected the same call on all ranks of the group, but the numbers of rows or classes, the dtypes or the "
+    "options differ{}"
+)
+NOT_EVERY_CLASS_ONCE = "shard: expected the shards of the group's ranks to hold each of the {} classes once"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What compiled/inductor.py warns of and logs.
+
+NO_COMPILER = (
+    "sre_triton found no usable C++ compiler ({}), so the loss runs uncompiled, several times slower. "
+    "Install g++ and Python's headers (Debian, Ubuntu: apt install g++ python3-dev; macOS: xcode-select --install; "
+    "Windows: the Visual Studio build tools), or set CXX to a compiler."
+)
+NO_TRITON = "sre_triton runs uncompiled, several times slower, as torch.compile cannot serve this GPU: {}"
+NO_FILES = (
+    "sre_triton runs uncompiled, several times slower, as torch.compile cannot write its files ({}). "
+    "Set TORCHINDUCTOR_CACHE_DIR to a folder that can be written, with space left."
+)
+FAILED = (
+    "sre_triton runs uncompiled, several times slower, as torch.compile failed ({}: {}); the logger sre_triton has the "
+    "traceback. Please report it"
+)
+SWITCHED_OFF = "sre_triton compiles nothing now, and runs uncompiled, several times slower: %s"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Warnings that are said once a process.
+
+# From this many classes on, the plain sum S outweighs the cross entropy. Measured on Gaussian clusters: accuracy fell
 # from 1.00 to 0.32 at K = 1000 and to 0.00 at K = 10000, where the class mean kept 1.00 and 0.97.
 MANY_CLASSES = 256
 
-# What is said once a process, where somebody would wonder about it.
 ONCE = {
     "many classes": (
         f"The regularizer S sums over the classes, and from K = {MANY_CLASSES} on it outweighs the cross entropy: "

@@ -29,21 +29,8 @@ import torch
 from torch import Tensor
 
 from .internals import hidden_from_modes, in_forward_mode, is_batched, is_watched
+from .messages import DOUBLE_BACKWARD, FORWARD_AD, OTHER_GRADIENTS
 from .reference import compute_dtype
-
-DOUBLE_BACKWARD = (
-    "sre_triton: the gradient cannot be differentiated again; pass backend='eager', which can, unless classes are "
-    "sharded"
-)
-FORWARD_AD = (
-    "sre_triton: there is no derivative in forward mode (torch.func.jvp, jacfwd, hessian, linearize, "
-    "torch.autograd.forward_ad); pass backend='eager', which has one, unless classes are sharded"
-)
-
-OTHER_GRADIENTS = (
-    "backend: expected 'eager' when a program is exported whose target or weight will require a gradient; detach them "
-    "if you do not want one"
-)
 
 # The module of each backend's functions. It is loaded when one is called, but the ops are there before, for programs
 # that torch.export.load brings.

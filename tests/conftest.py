@@ -1,4 +1,4 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests, and the summary of the skipped ones: a line for each reason."""
 
 import collections
 import os

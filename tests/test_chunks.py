@@ -1,4 +1,4 @@
-"""How rows are cut into chunks, the registered op, and the memory that is left."""
+"""Chunks have rows enough, the op of a linear layer keeps PyTorch's rules, and a step takes the memory of a chunk."""
 
 import subprocess
 import sys

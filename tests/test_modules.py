@@ -1,4 +1,4 @@
-"""The module is the function with its keywords kept."""
+"""A module gives what the function gives with the same keywords, checks them, and keeps λ in every copy."""
 
 import copy
 import inspect

@@ -1,4 +1,4 @@
-"""A weight that grows."""
+"""``ramp`` grows from 0 to 1 at the steps that it says, and refuses others."""
 
 import itertools
 import math

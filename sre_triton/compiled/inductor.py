@@ -22,25 +22,10 @@ import torch
 from torch import Tensor
 
 from .. import internals
-from ..messages import warn_user
+from ..messages import FAILED, NO_COMPILER, NO_FILES, NO_TRITON, SWITCHED_OFF, warn_user
 from .columns import SHORT
 from .passes import Scalars
 
-NO_COMPILER = (
-    "sre_triton found no usable C++ compiler ({}), so the loss runs uncompiled, several times slower. "
-    "Install g++ and Python's headers (Debian, Ubuntu: apt install g++ python3-dev; macOS: xcode-select --install; "
-    "Windows: the Visual Studio build tools), or set CXX to a compiler."
-)
-NO_TRITON = "sre_triton runs uncompiled, several times slower, as torch.compile cannot serve this GPU: {}"
-NO_FILES = (
-    "sre_triton runs uncompiled, several times slower, as torch.compile cannot write its files ({}). "
-    "Set TORCHINDUCTOR_CACHE_DIR to a folder that can be written, with space left."
-)
-FAILED = (
-    "sre_triton runs uncompiled, several times slower, as torch.compile failed ({}: {}); the logger sre_triton has the "
-    "traceback. Please report it"
-)
-SWITCHED_OFF = "sre_triton compiles nothing now, and runs uncompiled, several times slower: %s"
 # Of a folder or disk.
 UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 

@@ -18,8 +18,8 @@ from .inductor import compiled_pass
 from .passes import Scalars, gradient_pass, local_class, loss_and_gradient_pass, loss_pass, lse_pass, sums_pass
 
 # Bytes in one block of rows, in the dtype of the arithmetic, where there are blocks.
-# Steps on blocks of 2 MiB took 1.05 times as long, of 1 MiB 1.2 times (bf16 when it was copied, K from 1000 to 262144,
-# 2 cores).
+# Measured for K from 1000 to 262144 (bf16, 2 cores, AVX-512): steps on blocks of 2 MiB took 1.05 times as long, on
+# blocks of 1 MiB 1.2 times.
 BLOCK_BYTES = 4 * 2**20
 
 

@@ -28,6 +28,7 @@ from ..backend import primitives
 from ..compiled.passes import Row, local_class, losses_of
 from ..compiled.primitives import scalars_of
 from ..internals import hidden_from_modes, is_exporting
+from ..messages import DIFFERENT_CALLS, NOT_EVERY_CLASS_ONCE
 from ..primitives import (
     NUM_LOSSES,
     NUM_LSE,
@@ -51,12 +52,6 @@ GATHER_RANKS = 64
 
 # Devices whose memory a program can look at without waiting.
 READABLE = ("cpu",)
-
-DIFFERENT_CALLS = (
-    "shard: expected the same call on all ranks of the group, but the numbers of rows or classes, the dtypes or the "
-    "options differ{}"
-)
-NOT_EVERY_CLASS_ONCE = "shard: expected the shards of the group's ranks to hold each of the {} classes once"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

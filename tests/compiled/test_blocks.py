@@ -1,4 +1,4 @@
-"""Rows copied block by block, and as they lie: the same numbers."""
+"""Rows that are copied block by block have the losses and gradients of rows that lie in one piece."""
 
 import itertools
 

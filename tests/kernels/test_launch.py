@@ -327,7 +327,7 @@ def test_scalars_may_lie_on_the_gpu(K, dtype, kernels, monkeypatch):
         options = options_of(c=c, reg_weight=0.7, **{name: others[name] for name in used})
         expected = kernels.row_loss_and_gradient(logits, target, None, torch.ones(4), options)
         with monkeypatch.context() as patch:
-            patch.setattr(launch, "_scalar", lambda x: x if x is None else x.to(logits.device, dtype))
+            patch.setattr(launch, "_number_or_pointer", lambda x: x if x is None else x.to(logits.device, dtype))
             losses, gradient = kernels.row_loss_and_gradient(logits, target, None, torch.ones(4), options)
         torch.testing.assert_close(losses, expected[0], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(gradient, expected[1], rtol=1e-5, atol=1e-8)

@@ -1,4 +1,4 @@
-"""The table that decides how kernels are launched."""
+"""Every K has the path that the table of plan.py says, and no path has more registers or memory than there is."""
 
 import itertools
 

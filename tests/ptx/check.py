@@ -2,7 +2,7 @@
 
     python tests/ptx/check.py --smoke                a case of every path, in seconds; with the library installed
     python tests/ptx/check.py --target sm_90         every group of cases, for hours
-    python tests/ptx/check.py --mutate               without each barrier in turn: whether that is noticed
+    python tests/ptx/check.py --mutate               without each barrier in turn: whether that is noticed; a minute
     python tests/ptx/check.py --target sm_90 --groups cluster --special extreme --contract
 
 What is compared: H, S and the loss of each row to 2e-6 (H + S) + 3e-7 (the loss 5e-6 (H + S + Z) + 1e-6), the
@@ -11,6 +11,7 @@ watched: accesses outside of the tensors' elements, races in shared and global m
 """
 
 import argparse
+import ast
 import contextlib
 import ctypes
 import hashlib
@@ -39,6 +40,8 @@ CUDABackend.make_cubin = lambda *_: b""
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "perf")]
 from cross_compile import SHARED, OnGpu  # noqa: E402
 from emulator import Code, EmulationError, Launch, Machine, Segment, Special, Tracker  # noqa: E402
+
+import sre_triton  # noqa: E402
 
 INF = float("inf")
 FAR = 2**20  # elements between rows
@@ -829,11 +832,29 @@ BARRIERS = re.compile(
 )
 
 
-def mutate(run: Run) -> None:
-    """Take every barrier out of every kernel of some cases, one at a time, and see what the emulator says."""
+# Where a barrier may be missing and nothing goes wrong in the cases of smoke(), by file and function.
+NEEDLESS = {
+    "memory.py at_targets": "needed where the gradient is written over the logits and no other barrier comes between",
+    "kernels.py row_loss_kernel": "after the last row no copy is on its way",
+    "groups.py sum_pairs": "the barrier of the cluster follows",
+}
+
+
+def function_at(place: str) -> str:
+    """The file and function of a line of the library: "groups.py:129" -> "groups.py sum_pairs"."""
+    name, _, line = place.partition(":")
+    tree = ast.parse((Path(sre_triton.__file__).parent / "kernels" / name).read_text())
+    return next(f"{name} {f.name}" for f in tree.body if f.lineno <= int(line) <= f.end_lineno)
+
+
+def mutate(run: Run, cases: list) -> int:
+    """Take every barrier out of every kernel of the cases, one at a time, and see what the emulator says.
+
+    Returns how often it said nothing, apart from the places of ``NEEDLESS``.
+    """
     gpu = run.gpu
     total, missed = Counter(), []
-    for kernel, K, dtype, settings in smoke():
+    for kernel, K, dtype, settings in cases:
         sites, state = {}, {"kernel": None, "index": None}
 
         def change(name, text):
@@ -841,9 +862,8 @@ def mutate(run: Run) -> None:
             sites.setdefault(name, [place[1].split()[0].strip(";") for place in places])
             if name == state["kernel"]:
                 place = places[state["index"]]
-                state["line"] = text[: place.start(1)].count("\n") + 1
                 source = re.findall(r"// (\S+:\d+):\d+\s*$", text[: place.start(1)], re.M)
-                state["source"] = source[-1] if source else "?"
+                state["source"] = source[-1]
                 text = text[: place.start(1)] + "\n" * place[1].count("\n") + text[place.end(1) :]
             return text
 
@@ -861,11 +881,15 @@ def mutate(run: Run) -> None:
                 said += " numbers" if any("emulation" not in w for w in wrong) else ""
                 total[(kind, said.strip() or "nothing")] += 1
                 if not said:
-                    missed.append(f"{name} K={K}: {kind} line {state['line']} ({state['source']})")
+                    place = function_at(state["source"])
+                    missed.append((place, f"{name} K={K}: {kind} of {place}, {NEEDLESS.get(place, 'needed?')}"))
         gpu.mutate = None
         print(f"{kernel} K={K}: {dict(total)}", flush=True)
     gpu.hazards = Counter()
-    print("nothing was said of:", *missed, sep="\n  ")
+    print("nothing was said of:", *(line for _, line in missed), sep="\n  ")
+    unexplained = sum(place not in NEEDLESS for place, _ in missed)
+    print(f"{sum(total.values())} barriers, {unexplained} whose absence is not noticed")
+    return unexplained
 
 
 GROUPS = {f.__name__: f for f in (base, inplace, pipeline, cluster, strides, around, far, options, parts, small)}
@@ -893,11 +917,11 @@ def main() -> int:
     gpu.seed = args.seed
     torch.set_num_threads(1)
     run = Run(gpu, args.verbose, args.modes)
-    if args.mutate:
-        mutate(run)
-        return 0
-    cases = list(smoke()) if args.smoke else [case for name in args.groups for case in GROUPS[name]()]
+    few = args.smoke or args.mutate
+    cases = list(smoke()) if few else [case for name in args.groups for case in GROUPS[name]()]
     cases = [case for case in cases if case[2] in args.dtypes and (not args.classes or case[1] in args.classes)]
+    if args.mutate:
+        return 1 if mutate(run, cases) else 0
     if args.sample < 1:
         chosen = np.random.default_rng(args.seed).random(len(cases)) < args.sample
         cases = [case for case, keep in zip(cases, chosen, strict=True) if keep]
