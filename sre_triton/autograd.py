@@ -45,13 +45,12 @@ class SinglePass(torch.autograd.Function):
     def forward(rows, target, weight, factor, losses, stats, backend, reduction, inplace, options):
         """(the loss, (4, N) losses of the rows, the gradient). Of sharded classes losses and stats are given."""
         row_primitives = primitives(backend)
-        scale = factor.expand(rows.shape[0])
         if stats is None:
             compute = row_primitives.row_loss_and_gradient_ if inplace else row_primitives.row_loss_and_gradient
-            losses, gradient = compute(rows, target, weight, scale, options)
+            losses, gradient = compute(rows, target, weight, factor, options)
         else:
             compute = row_primitives.row_gradient_ if inplace else row_primitives.row_gradient
-            gradient = compute(rows, target, weight, stats, scale, options)
+            gradient = compute(rows, target, weight, stats, factor, options)
             losses = losses.clone()  # not what came in
         return reduced(losses[0], factor, reduction, backend), losses, gradient
 
@@ -117,13 +116,13 @@ class Recompute(torch.autograd.Function):
         if grad_loss is None:
             return None, *no_more
         rows, target, weight, factor, stats, *saved = ctx.saved_tensors
-        scale = (factor * grad_loss).expand(rows.shape[0])
-        arguments = (target, weight, stats, scale, options_again(ctx, saved))
+        arguments = (target, weight, stats, factor * grad_loss, options_again(ctx, saved))
         if torch.compiler.is_compiling():
             return primitives(ctx.backend).row_gradient(rows, *arguments), *no_more
         if ctx.inplace and not is_functional(grad_loss):
             return primitives(ctx.backend).row_gradient_(rows, *arguments), *no_more
-        return apply(_RowGradient, rows, ctx.backend, *arguments), *no_more
+        watched = is_watched() or is_batched(grad_loss)
+        return apply(_RowGradient, watched, rows, ctx.backend, *arguments), *no_more
 
 
 class _RowGradient(torch.autograd.Function):
@@ -185,9 +184,11 @@ def _plain(function: type[torch.autograd.Function], count: int) -> type[torch.au
     return Plain
 
 
-def apply(function: type[torch.autograd.Function], *arguments, count: int = 1) -> tuple[Tensor, ...] | Tensor:
-    """Apply a Function of which the first ``count`` arguments may get a gradient."""
-    if is_watched() or any(map(is_batched, arguments)):
+def apply(
+    function: type[torch.autograd.Function], watched: bool, *arguments, count: int = 1
+) -> tuple[Tensor, ...] | Tensor:
+    """Apply a Function, in plain eager code or ``watched``; its first ``count`` arguments may get a gradient."""
+    if watched:
         return (function if torch.compiler.is_compiling() else _watched(function)).apply(*arguments)
     return _plain(function, count).apply(*arguments[:count], arguments[count:])
 
@@ -212,13 +213,15 @@ def loss_of_logits(arguments: Arguments, call: Call) -> tuple[Tensor, Tensor, Te
             factor = factor / torch.where(counted, stats[4], 0).sum()
     (wants_gradient,), recompute = arguments.wanted, arguments.options.recompute
     if wants_gradient or is_transformed():
-        inplace = arguments.options.inplace and wants_gradient and not is_watched() and _own_rows(rows)
+        watched = is_watched()
+        inplace = arguments.options.inplace and wants_gradient and not watched and _own_rows(rows)
         if not wants_gradient:
             recompute = True
         elif recompute is None:
             recompute = rows.dtype == torch.float16 or reduction == "none"
         function = Recompute if recompute else SinglePass
-        loss, losses, _ = apply(function, rows, target, weight, factor, *known, backend, reduction, inplace, options)
+        given = rows, target, weight, factor, *known, backend, reduction, inplace, options
+        loss, losses, _ = apply(function, watched, *given)
         return loss, losses, factor
     if shard is None:
         losses, _ = primitives(backend).row_loss(rows, target, weight, options)

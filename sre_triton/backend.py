@@ -12,6 +12,9 @@ from .messages import warn_once
 GPUS = ("cuda", "xpu")  # AMD's are "cuda" too
 
 
+_modules: dict[str, ModuleType] = {}
+
+
 @constant_while_compiling
 def has_triton(device: torch.device) -> bool:
     """Whether Triton is installed and compiles for the device, or interprets on a CPU."""
@@ -64,8 +67,8 @@ def choose(backend: str | None, logits: Tensor, differentiable_arguments: bool) 
 
 def backend_of(backend: str | None, rows: Tensor, target: Tensor, weight: Tensor | None, shard: object | None) -> str:
     """Who computes. The user hears of it where a gradient that nobody may want makes it slow."""
-    others = (tensor for tensor in (target, weight) if tensor is not None)
-    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in others)
+    differentiable = target.requires_grad or (weight is not None and weight.requires_grad)
+    differentiable = differentiable and torch.is_grad_enabled()
     name = choose(backend, rows, differentiable)
     if shard is not None and name == "eager":  # plain autograd knows nothing of other ranks
         raise ValueError(
@@ -79,8 +82,11 @@ def backend_of(backend: str | None, rows: Tensor, target: Tensor, weight: Tensor
 
 def primitives(name: str) -> ModuleType:
     """The module that holds the backend's primitives."""
+    if name in _modules:
+        return _modules[name]
     if name == "triton":
         from .kernels import primitives as of_backend
     else:
         from .compiled import primitives as of_backend
+    _modules[name] = of_backend
     return of_backend

@@ -103,6 +103,11 @@ def _rows_that_count(target: Tensor, ignore_index: int) -> tuple[Tensor | None, 
     return None, (~ignored).nonzero().squeeze(1) if ignored.any() else None  # on a CPU
 
 
+def _of_chunk(scale: Tensor, rows: slice | Tensor) -> Tensor:
+    """The factors of a chunk's rows, (n,), or the one of all rows, ()."""
+    return scale if scale.dim() == 0 else scale[rows]
+
+
 def _room_for_logits(W: Tensor, num_rows: int, backend: str) -> Tensor:
     """Memory for the logits of a chunk, (num_rows, K), which all chunks share."""
     num_classes = pitch = W.shape[0]
@@ -206,7 +211,7 @@ def losses_and_gradients(
     losses = input.new_zeros(NUM_LOSSES, num_rows, dtype=compute_dtype(dtype))
     logits = _room_for_logits(W, size, how.backend)
     scale = factor if how.early else torch.ones_like(factor)
-    scale = (scale if upstream is None else scale * upstream).expand(num_rows)
+    scale = scale if upstream is None else scale * upstream
     divisor = sum_of_weights(target, weight, options) if how.divide else factor.new_empty(0)
     for rows in chunks:
         x = input[rows].to(dtype)
@@ -222,17 +227,17 @@ def losses_and_gradients(
             losses[:, rows] = row_primitives.row_loss(*of_rows, options)[0]
             continue
         if group is None:
-            losses[:, rows], g = row_primitives.row_loss_and_gradient_(*of_rows, scale[rows], options)
+            losses[:, rows], g = row_primitives.row_loss_and_gradient_(*of_rows, _of_chunk(scale, rows), options)
         else:
             first = rows is chunks[0]
             call, rest = ("linear", how.wanted[0], size), divisor if first else divisor[:0]
             losses[:, rows], stats, rest = row_stats(row_primitives, *of_rows, options, group, 1.0, call, rest)
             if first and how.divide:
                 divisor = rest
-                scale = scale / divisor if how.early else scale
+                scale = scale / divisor.squeeze(0) if how.early else scale
             if not any(how.wanted):
                 continue
-            g = row_primitives.row_gradient_(*of_rows, stats, scale[rows], options)
+            g = row_primitives.row_gradient_(*of_rows, stats, _of_chunk(scale, rows), options)
         gradients.add(rows, x, g)
     factor = factor / divisor.squeeze(0) if how.divide else factor.clone()  # not what came in
     return losses, *gradients.finish(linear_weight, linear_bias), factor

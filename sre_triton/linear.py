@@ -17,7 +17,7 @@ from .autograd import apply, is_functional
 from .backend import primitives
 from .checks import under_autocast
 from .chunks import How
-from .internals import is_transformed, is_watched, will_execute
+from .internals import is_batched, is_transformed, is_watched, will_execute
 from .linear_primitive import linear_losses_and_gradients
 from .messages import DOUBLE_BACKWARD, SECOND_BACKWARD_OF_LINEAR
 from .primitives import kept_options, options_again
@@ -126,7 +126,8 @@ class LinearRecompute(torch.autograd.Function):
         if torch.compiler.is_compiling():
             _, *gradients, _ = linear_losses_and_gradients(*arguments)
         else:
-            _, *gradients, _ = apply(_LinearGradients, *arguments, count=3)
+            watched = is_watched() or is_batched(grad_loss)
+            _, *gradients, _ = apply(_LinearGradients, watched, *arguments, count=3)
         gradients = (g if ask else None for g, ask in zip(gradients, asked, strict=True))
         return *gradients, *(None,) * (ctx.num_inputs - 3)
 
@@ -177,7 +178,8 @@ def loss_of_linear(arguments: Arguments, call: Call) -> tuple[Tensor, Tensor, Te
     )
     if any(wanted) or is_transformed():
         function = LinearSinglePass if any(wanted) and reduction != "none" else LinearRecompute
-        loss, losses, factor, *_ = apply(function, *tensors, target, weight, factor, reduction, how, options, count=3)
+        given = *tensors, target, weight, factor, reduction, how, options
+        loss, losses, factor, *_ = apply(function, is_watched(), *given, count=3)
         return loss, losses, factor
     losses, *_, factor = linear_losses_and_gradients(*tensors, target, weight, factor, None, how, options)
     return reduced(losses[0], factor, reduction, backend), losses, factor

@@ -9,6 +9,7 @@ Only Python numbers and scalar tensors are looked at, so nothing waits for a GPU
 exception is a λ that lies on a CPU.
 """
 
+import functools
 import sys
 from numbers import Real
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from .sharding.shard import VocabShard
 
 REDUCTIONS = ("none", "mean", "sum")
 BACKENDS = (None, "triton", "compile", "eager")
+SIMPLE = {bool, float, int, str, type(None)}  # types whose equal values are alike
 
 
 class Options(NamedTuple):
@@ -58,23 +60,32 @@ class Options(NamedTuple):
         An option that is not in use is None, so that a kernel has no instruction for it. While compiling numbers become
         tensors, as the graph would hold for one value otherwise; one that may be 0 or not is in use.
         """
+        of_classes = () if self.shard is None else (self.shard.start, self.shard.num_classes)
+        reg_weight = value_on_cpu(self.reg_weight)
+        may_be_none = self.label_smoothing, self.z_loss, self.softcap
         number, device = float, "cpu"
         if torch.compiler.is_compiling():
             # A tensor times a number is traced without compiling the number in. In a graph for a GPU, nothing may lie
             # on the CPU if it is to become a CUDA graph.
             device = rows.device if backend == "triton" else "cpu"
             number = torch.ones((), dtype=torch.float64, device=device).mul
-        reg_weight = value_on_cpu(self.reg_weight)
+        elif not isinstance(reg_weight, Tensor):
+            return _of_rows(self.c, reg_weight, self.per_class(num_classes), self.ignore_index, may_be_none, of_classes)
         if isinstance(reg_weight, Tensor):
             device = device if reg_weight.device.type == "cpu" else rows.device
             reg_weight = reg_weight.detach().to(device, compute_dtype(rows.dtype))
         else:
             reg_weight = number(reg_weight)
         c, reg_weight = number(self.c), reg_weight * self.per_class(num_classes)
-        may_be_none = self.label_smoothing, self.z_loss, self.softcap
         others = [None if x is None or not may_hold(x != 0) else number(x) for x in may_be_none]
-        of_classes = () if self.shard is None else (self.shard.start, self.shard.num_classes)
         return RowOptions(c, reg_weight, int(self.ignore_index), *others, *of_classes)
+
+
+@functools.lru_cache(maxsize=64)
+def _of_rows(c, reg_weight, per_class, ignore_index, may_be_none, of_classes) -> RowOptions:
+    """:meth:`Options.of_rows` of numbers in eager code: the same object for the same numbers."""
+    others = [None if x is None or x == 0 else float(x) for x in may_be_none]
+    return RowOptions(float(c), float(reg_weight) * per_class, int(ignore_index), *others, *of_classes)
 
 
 def _is_number(value: object) -> bool:
@@ -118,7 +129,24 @@ def check_reg_weight(value: object, largest: float = sys.float_info.max) -> None
 
 
 def check_options(options: Options) -> None:
-    """What can be judged alone."""
+    """What can be judged alone. Numbers, strings and flags that have passed before pass at once."""
+    if isinstance(options.reg_weight, Tensor):
+        check_reg_weight(options.reg_weight)
+        options = options._replace(reg_weight=0.0)
+    if torch.compiler.is_compiling() or not SIMPLE.issuperset(map(type, options)):
+        _check_values(options)
+    else:
+        _check_once(*options)
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _check_once(*values: float | str | None) -> None:
+    """:func:`_check_values`, again only for values or types that have not passed."""
+    _check_values(Options(*values))
+
+
+def _check_values(options: Options) -> None:
+    """All options, one by one."""
     largest = sys.float_info.max
     # For a smaller c, a probability divided by c leaves the range of float32.
     _check_number("c", options.c, 1e-30, 1.0, "a number from 1e-30 to 1", "for plain cross entropy pass reg_weight=0")

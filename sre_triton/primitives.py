@@ -83,7 +83,9 @@ def new_gradient(logits: Tensor) -> Tensor:
 class Primitive(NamedTuple):
     """What PyTorch must know of a primitive."""
 
-    arguments: str  # logits (N, K), target (N,) or (N, K), weight (K,), stats, scale (N,): factors of the gradient
+    # logits (N, K); target (N,) or (N, K); weight (K,); stats; scale (N,), factors of the gradient: to a backend's
+    # function it may come as one factor, ()
+    arguments: str
     fake: Callable  # the outputs, given the logits
     row_dims: tuple[int, ...]  # the dimension of the rows in each output
 
@@ -292,15 +294,17 @@ def primitive(backend: str) -> Callable[[Callable], Callable]:
     def register(function: Callable) -> Callable:
         """The function, for calls that need no dispatch, and the op for all others."""
         name = function.__name__
-        op = OPS[backend, name]
+        op, takes_scale = OPS[backend, name], PRIMITIVES[name].arguments.endswith("scale")
         _functions[backend, name] = function
 
         @functools.wraps(function)
         def call(logits: Tensor, *args):
             """Whichever of the two the arguments ask for."""
             *tensors, options = args
-            if not needs_dispatch(logits, (*tensors, *options)):
+            if not needs_dispatch(logits, tensors):
                 return function(logits, *args)
+            if takes_scale and tensors[-1].dim() == 0:
+                tensors[-1] = tensors[-1].expand(logits.shape[0])
             return op(logits, *tensors, *as_tensors(options))
 
         call.op = op

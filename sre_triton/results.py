@@ -9,8 +9,7 @@ from torch import Tensor
 
 from .arguments import Arguments
 from .backend import backend_of, primitives
-from .internals import is_batched, is_watched
-from .primitives import NUM_LOSSES, RowOptions
+from .primitives import NUM_LOSSES, RowOptions, needs_dispatch
 from .reference import Parts, compute_dtype, sample_weights
 
 
@@ -35,8 +34,9 @@ def reduced(losses: Tensor, factor: Tensor, reduction: str, backend: str) -> Ten
 
 def few_launches(rows: Tensor, backend: str) -> bool:
     """Whether kernels/small.py does in one launch what takes PyTorch several, for values of rows in eager code."""
-    plain = type(rows) in (Tensor, torch.nn.Parameter) and not (rows.is_meta or is_watched() or is_batched(rows))
-    return backend == "triton" and plain and 0 < rows.shape[0] <= primitives(backend).FEW_ROWS
+    if backend != "triton" or not 0 < rows.shape[0] <= primitives(backend).FEW_ROWS:
+        return False
+    return not needs_dispatch(rows, (rows,))
 
 
 def _factor_of(arguments: Arguments, reduction: str, divide: bool, backend: str) -> Tensor:

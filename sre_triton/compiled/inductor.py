@@ -152,7 +152,7 @@ class _Catcher:
         self.flat = []  # the stand-ins, which nobody needs again
         if self.inner is None or not self.for_all_shapes or not internals.is_stance_known():
             return None
-        inner, pick = self.inner, operator.itemgetter(*self.order)
+        inner, pick = internals.innermost(self.inner), operator.itemgetter(*self.order)
         return lambda args: inner(list(pick(_flat(args))))
 
 
@@ -254,7 +254,7 @@ def compiled_pass(function: Callable, args: tuple) -> Callable[[tuple], tuple[Te
     None where the function is to run as it is: where nothing can or may be compiled; and for one row and fewer than
     eight classes, shapes that would each be compiled anew.
     """
-    logits, target, weight, _, _, out, scalars = args
+    logits, target, weight, _, scale, out, scalars = args
     num_rows, num_classes = logits.shape
     if num_rows <= 1 or num_classes < 8:
         return None
@@ -262,7 +262,8 @@ def compiled_pass(function: Callable, args: tuple) -> Callable[[tuple], tuple[Te
         _say(internals.why_nothing_is_compiled())
         return None
     where = logits.dtype, logits.device, scalars.reg_weight.is_cpu
-    what = target.dim(), weight is None, None if out is None else out.dtype, *(scalar is None for scalar in scalars)
+    of_scale, of_out = None if scale is None else scale.dim(), None if out is None else out.dtype
+    what = target.dim(), weight is None, of_scale, of_out, *(scalar is None for scalar in scalars)
     key = function, num_classes > SHORT, *where, *what
     try:
         return _compiled[key]

@@ -185,14 +185,15 @@ def coefficients_of(
 ) -> tuple[Tensor, ...]:
     """The gradient at the target, coef_p / exp_sum, coef_u, the scale, and whether the row is counted."""
     share, kept = shares(scalars, z.shape[1])
-    scale = wide(scale.unsqueeze(1))
+    if scale.dim() == 1:  # else one for all rows
+        scale = wide(scale.unsqueeze(1))
     of_lse = -scalars.reg_weight * row.u_sum
     if scalars.z_loss is not None:
         of_lse = of_lse + 2 * scalars.z_loss * (row.m + row.exp_sum.log())
     coef_e = scale * (row.y_sum + row.omega * of_lse) / row.exp_sum
     coef_u = scale * row.omega * scalars.reg_weight
     if target.dim() == 2:
-        return torch.zeros_like(coef_e), coef_e, coef_u, scale, torch.ones_like(coef_e)
+        return torch.zeros_like(coef_e), coef_e, coef_u, scale.expand_as(coef_e), torch.ones_like(coef_e)
     counted, index, _, z_g, elsewhere = _at_target(z, target, scalars)
     kept = _unless(elsewhere, kept)
     d_g = z_g - row.m
@@ -200,7 +201,7 @@ def coefficients_of(
     coefs = coef_e, coef_u * (1 - share - kept), scale * wy_g
     e_g = d_g.exp()
     at_target = gradient_of(z_g, e_g, u_of(*coin(d_g, e_g, *offset)), coefs, scalars)
-    return torch.where(counted, at_target, 0), coef_e, coef_u, scale, counted.to(z.dtype)
+    return torch.where(counted, at_target, 0), coef_e, coef_u, scale.expand_as(coef_e), counted.to(z.dtype)
 
 
 def _gradient(z, e, u, target, weight, coefs, scalars: Scalars) -> Tensor:

@@ -122,7 +122,10 @@ def _blocks(
         rows, z = slice(start, stop), scratch[: stop - start]
         z.copy_(logits[rows])
         into = z if out is None or not out.is_contiguous() else out[rows]
-        of_rows = None if stats is None else stats[:, rows].unbind(), None if scale is None else scale[rows]
+        of_rows = (
+            None if stats is None else stats[:, rows].unbind(),
+            scale if scale is None or scale.dim() == 0 else scale[rows],
+        )
         args = z, target[rows], weight, *of_rows, into, scalars
         compiled = compiled_pass(function, args)
         packed.append((function(*args) if compiled is None else compiled(args))[0])

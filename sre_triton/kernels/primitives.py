@@ -37,6 +37,11 @@ def row_sums(logits: Tensor, target: Tensor, stats: Tensor, options: RowOptions)
     return sums
 
 
+def _stride(factor: Tensor | None) -> int:
+    """From a row's factor to the next row's; 0 where all rows have one, ()."""
+    return 0 if factor is None or factor.dim() == 0 else factor.stride(0)
+
+
 def _launch_row_loss(logits, target, weight, options, *, scale=None, stats=None, gradient=None) -> Tensor:
     """The losses of each row, (4, N), from one launch; it fills the statistics and the gradient that are given."""
     losses = new_per_row(logits, NUM_LOSSES)
@@ -47,7 +52,7 @@ def _launch_row_loss(logits, target, weight, options, *, scale=None, stats=None,
         weight,
         options,
         scale_ptr=scale,
-        scale_stride=0 if scale is None else scale.stride(0),
+        scale_stride=_stride(scale),
         losses_ptr=losses,
         stats_ptr=stats,
         gradient_ptr=gradient,
@@ -81,7 +86,7 @@ def _launch_row_gradient(gradient, logits, target, weight, stats, scale, options
         options,
         stats_ptr=stats.contiguous(),
         scale_ptr=scale,
-        scale_stride=scale.stride(0),
+        scale_stride=_stride(scale),
         gradient_ptr=gradient,
     )
 
@@ -130,7 +135,7 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
             gradient_ptr=gradient,
             gradient_stride=gradient.stride(0) // align,
             factor_ptr=factor,
-            factor_stride=factor.stride(0) if factor.dim() else 0,
+            factor_stride=_stride(factor),
             num_rows=num_rows,
             num_classes=num_classes // align,
             num_programs=num_programs,
