@@ -27,7 +27,7 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
         arithmetic.py   functions of one number: 2^x, log2, 1/x, tanh
         formulas.py     the mathematics of a tile of classes: exponentials, the coin, sums, the gradient of a class
         groups.py       how a tile lies in the threads, and reductions over it
-        memory.py       where the classes of a row lie; loads, masks, the target's logit
+        memory.py       where the classes of a row lie; which rows are ignored; loads, masks, the target's logit
         rows.py         the values of a row: losses, coefficients of the gradient, tuples
         walks.py        sums over the tiles of a row; the stores of the gradient, the target's last
         kernels.py      the kernels;  small.py: those for the mean and the upstream gradient
@@ -37,11 +37,14 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
         formulas.py     the mathematics of a class
         passes.py       the mathematics of rows: losses, coefficients, the gradient, the target's
         columns.py      how passes are written, so that each becomes one loop
-        inductor.py     where torch.compile and Inductor are asked, once for every set of options
+        inductor.py     where torch.compile is asked, once for every set of options; Inductor itself through
+                        `compile_and_catch` of internals.py
         primitives.py   the five, as passes
     sharding/           classes over several ranks
         shard.py        which classes a rank has;  dtensor.py: the same, told by a DTensor
-        collectives.py  what ranks send each other: the maximum, the sums
+        collectives.py  what ranks send each other: the maximum, the sums; the losses of whole rows
+
+tests/ has the same folders. tests/ptx/ runs the compiled kernels without a GPU, and proves that no barrier is missing.
 
 A constant that was measured has the comment "Measured", with the machine; one that only a GPU can decide has "No GPU
 has timed this".

@@ -81,7 +81,10 @@ def under_autocast(device: torch.device) -> bool:
 
 
 def check_indices(target: Tensor, logits_shape: torch.Size, dim: int) -> None:
-    """Dtype and shape of class indices; dimension ``dim`` of the logits is the classes."""
+    """Class indices have a dtype and a shape that fit the logits, whose dimension ``dim`` is the classes.
+
+    For logits (K,) they are () or, as for ``F.cross_entropy``, (1,).
+    """
     shape = logits_shape[:dim] + logits_shape[dim + 1 :]
     fits = target.shape == shape or (len(logits_shape) == 1 and target.shape == (1,))
     if fits and target.dtype in INDICES:

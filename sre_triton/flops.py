@@ -1,4 +1,7 @@
-"""What ``FlopCounterMode`` counts for an op: a formula that waits until its module, which loads Triton, is imported."""
+"""What ``FlopCounterMode`` counts for an op: its formula is registered once torch.utils.flop_counter is imported.
+
+Not before, as this module of PyTorch would load Triton.
+"""
 
 import importlib.abc
 import importlib.util

@@ -89,8 +89,8 @@ def is_watched() -> bool:
 def in_forward_mode() -> bool:
     """Whether a level of forward-mode AD is entered (``forward_ad.dual_level``, ``torch.func.jvp``).
 
-    Private: ``torch.autograd.forward_ad._current_level``. It stands for ``forward_ad.make_dual``, which raises outside
-    of a level. If the name is gone, a dual number is made, 5 us; while compiling the answer is True.
+    Private: ``torch.autograd.forward_ad._current_level``. It tells what ``forward_ad.make_dual`` tells, which raises
+    outside of a level. If the name is gone, a dual number is made, 5 us; while compiling the answer is True.
     """
     return forward_ad._current_level >= 0
 

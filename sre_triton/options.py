@@ -1,9 +1,15 @@
 """The options of the loss: their names and order, the check of each, and what rows take of them.
 
-How an option goes, λ for example: a keyword of functional.py -> `Options`, checked here -> `Options.of_rows`, which
-makes λ' of it -> `RowOptions` (primitives.py) -> each primitive's last argument -> kernels/launch.py `_scalars`, and
-compiled/primitives.py `scalars_of`. Those are the places to touch for another one, with the signatures of modules.py,
-the definition in reference.py, eager.py, and what ranks must agree on (`values` in sharding/collectives.py).
+How an option goes, λ for example, and where to add another one:
+
+    functional.py, modules.py    a keyword, in the docstring too; in `FLOATS` of modules.py if it is a float
+    here                         `Options`; its check in `_check_values`; `Options.of_rows` and `_of_rows` make λ' of it
+    primitives.py                `RowOptions`, the last argument of all primitives, and `OPTIONS`, the same for ops
+    kernels/                     launch.py `_scalars` -> rows.py `Scalars` -> rows.py, formulas.py: the mathematics
+    compiled/                    primitives.py `_made` -> passes.py `Scalars` -> passes.py, formulas.py
+    reference.py, eager.py       the same mathematics, for plain autograd
+    sharding/collectives.py      `AGREED`: ranks must pass the same value
+    tests/helpers.py, tests/variants.py, tests/ptx/check.py: what is tried with every kernel
 
 Only Python numbers and scalar tensors are looked at, so nothing waits for a GPU, and all of it works while tracing. The
 exception is a λ that lies on a CPU.

@@ -52,8 +52,8 @@ def sum_of_classes(x: Tensor) -> Tensor:
     """The sum of each row of x, (n, K) -> (n, WIDTH).
 
     In float32 a lane of a vector sums K / 16 numbers one after another, and small ones are lost beside large ones:
-    5e-6 of a sum of exponentials at K = 131072. The float64 that prevents it costs 15 % of a step. (Measured at K =
-    1000 on 2 cores.)
+    5e-6 of a sum of exponentials at K = 131072. Sums in float64 prevent it. Rows of SHORT classes at most do without,
+    as float64 would cost them 15 % of a step. (Measured at K = 1000 on 2 cores.)
     """
     dtype = torch.float64 if x.shape[1] > SHORT and x.device.type != "mps" else x.dtype
     return wide(x.sum(1, keepdim=True, dtype=dtype)).to(x.dtype)

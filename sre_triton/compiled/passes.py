@@ -34,7 +34,7 @@ class Scalars(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The statistics of primitives.STATS, each (n, WIDTH)."""
+    """The statistics of a row, as primitives.py names them, each (n, WIDTH)."""
 
     m: Tensor
     exp_sum: Tensor
@@ -183,7 +183,7 @@ def coefficients_of(
     scale: Tensor,
     scalars: Scalars,
 ) -> tuple[Tensor, ...]:
-    """The gradient at the target, coef_p / exp_sum, coef_u, the scale, and whether the row is counted."""
+    """The gradient at the target; coef_e, coef_u and scale, which make that of other classes; and whether a row counts."""
     share, kept = shares(scalars, z.shape[1])
     if scale.dim() == 1:  # else one for all rows
         scale = wide(scale.unsqueeze(1))

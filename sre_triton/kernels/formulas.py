@@ -42,10 +42,10 @@ from .groups import (
 # is 0.
 FLOOR = tl.constexpr(-1e4)
 
-# The largest |m| for which d has the factor log2 e. There the product m log2 e may be rounded by 64, and 2^64 is still
-# a float. For a larger |m|, 2 to what is lost would leave the range of float32; a smaller factor than log2 e prevents
-# this. It does no harm: neighbouring floats are more than 64 apart there, so all classes below the largest have
-# p < 2^-90 with it too.
+# The largest |m| for which d has the factor log2 e (`reference_of`). There m log2 e is near 2^30.5, where neighbouring
+# floats are 128 apart: rounding the product loses up to 64, and s is corrected by 2^64 at most, which is a float. For a
+# larger |m| the correction would leave the range of float32, so the factor is smaller than log2 e. This does no harm:
+# the logits themselves are 64 or more apart there, and every class but the largest has p < 2^-90 with either factor.
 LARGEST = tl.constexpr(2.0**30)
 
 

@@ -174,9 +174,10 @@ def store_no_gradient(inputs, gradient_ptr, gradient_stride, row, counted, VARIA
 
 @triton.jit
 def _smoothed(lse, inputs, scalars, VARIANT: tl.constexpr):
-    """The five values of a row with y = ε/K, from those with 1 in the place of y.
+    """(m, s, Σ y, Σ y (z - m), 0) of each row for y = ε/K, the target's 1 - ε aside, given Σ (z - m) as the fourth.
 
-    Σ y over all classes is ε, and Σ y (z - m) is ε/K times Σ (z - m). A shard has its part of ε.
+    Σ y over all classes is ε, or the part of ε that this shard's classes have. Σ y (z - m) is ε/K times Σ (z - m). ω
+    comes from the target (rows.py: `lse_with_targets`).
     """
     m, exp_sum, _, z_sum, _ = lse
     zero = zeros(VARIANT)

@@ -46,8 +46,8 @@ from ..primitives import (
 from ..reference import compute_dtype
 from .shard import group_of
 
-# A gathering moves 16 bytes a row for each rank. At 64 ranks and K = 128256, that is a quarter of a shard's bfloat16
-# logits.
+# A gathering moves 16 bytes a row for each rank, four statistics (a fifth where there are class weights). At 64 ranks
+# and K = 128256, that is a quarter of a shard's bfloat16 logits.
 GATHER_RANKS = 64
 
 # Devices whose memory a program can look at without waiting.
@@ -58,7 +58,8 @@ READABLE = ("cpu",)
 # What travels in front of the statistics
 
 
-NUM_DIGEST, NUM_VALUES, NUM_SUMMED = 3, 6, 2
+AGREED = ("c", "reg_weight", "label_smoothing", "z_loss", "softcap")  # options, beside the factor of the losses
+NUM_DIGEST, NUM_VALUES, NUM_SUMMED = 3, 1 + len(AGREED), 2
 NUM_SAME = NUM_DIGEST + NUM_VALUES
 
 
@@ -70,7 +71,7 @@ def _digest(text: str, count: int, bits: int) -> list[int]:
 
 @functools.lru_cache(maxsize=256)
 def _constants(text: str, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What of a header is the same at every step: all but the values, for which there are zeros."""
+    """A header with zeros where `_header` will write the values of the options: this part is the same at every step."""
     ends = zip(_digest(str(stop), NUM_SUMMED, 12), _digest(str(start), NUM_SUMMED, 12), strict=True)
     with torch.inference_mode(False):
         header = [*_digest(text, NUM_DIGEST, 16), *[0] * NUM_VALUES, *(stop - start for stop, start in ends)]
@@ -199,7 +200,7 @@ def row_stats(
     else:
         stats.zero_()[0] = -torch.inf
     call = repr((*call, num_rows, num_classes, logits.dtype, indices, weight is None, options.ignore_index))
-    values = factor, options.c, options.reg_weight, options.label_smoothing, options.z_loss, options.softcap
+    values = factor, *(getattr(options, name) for name in AGREED)
     header = _header(call, values, options.first_class, options.first_class + num_here, stats)
     # Without class weights, ω is 1.
     sent = stats if weight is not None else stats[: NUM_LSE - 1]
