@@ -183,7 +183,7 @@ def coefficients_of(
     scale: Tensor,
     scalars: Scalars,
 ) -> tuple[Tensor, ...]:
-    """The gradient at the target; coef_e, coef_u and scale, which make that of other classes; and whether a row counts."""
+    """The gradient at the target, then coef_e, coef_u and scale for the other classes, and whether a row counts."""
     share, kept = shares(scalars, z.shape[1])
     if scale.dim() == 1:  # else one for all rows
         scale = wide(scale.unsqueeze(1))
