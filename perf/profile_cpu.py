@@ -10,6 +10,7 @@ import argparse
 import resource
 
 import torch
+from output import positive, run_script
 from torch._inductor.codecache import PyCodeCache
 
 from sre_triton import self_regularized_entropy
@@ -25,8 +26,8 @@ def page_faults() -> int:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", type=int, nargs="?", default=256, metavar="N", help="default: %(default)s")
-    parser.add_argument("classes", type=int, nargs="?", default=1000, metavar="K", help="default: %(default)s")
+    parser.add_argument("rows", type=positive, nargs="?", default=256, metavar="N", help="default: %(default)s")
+    parser.add_argument("classes", type=positive, nargs="?", default=1000, metavar="K", help="default: %(default)s")
     args = parser.parse_args()
     logits = (3 * torch.randn(args.rows, args.classes)).requires_grad_()
     target = torch.randint(args.classes, (args.rows,))
@@ -50,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -5,8 +5,8 @@
     python perf/sweep_k.py --classes 1000 --out FOLDER
                                            these numbers of classes alone, and the small batches below
 
-Writes sweep_k.csv and roofline.png to perf/results/<device>/ (--out FOLDER for another) and prints a table; another
-dtype than the device's default, and huge pages, have a folder of their own in there.
+Writes sweep_k.csv and roofline.png to perf/out/<device>/ (--out FOLDER for another) and prints a table; another dtype
+than the device's default, huge pages and --quick have a folder of their own in there.
 
 The roof: a step must read the logits once and write their gradient once, 2 N K times the bytes of an element. That,
 divided by the time of a step, is the bandwidth shown here, for every contender, however often it really moves the
@@ -33,11 +33,7 @@ rounds. What counts is the ratio of two medians of one run: ``times_copy`` and `
 
 import argparse
 import csv
-import os
-import platform
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +41,7 @@ from typing import NamedTuple
 
 import peers
 import torch
+from output import HUGE_PAGES, add_arguments, collect, folder_of, positive, replacing, run_script, versions_of
 from torch import Tensor
 from tqdm import tqdm
 
@@ -54,7 +51,6 @@ from sre_triton.reference import source_formula
 CLASSES = (10, 32, 100, 320, 1000, 4096, 10000, 21841, 32768, 50257, 128256, 262144)
 QUICK_CLASSES = (100, 1000, 50257)
 BATCHES = ((1000, 4096), (1000, 256))  # K, N
-HUGE_PAGES = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
 
 COPY, CLONE, MATH = "copy", "copy to new memory", "exp, log, 1 / x"
 UNCOUNTED = 5  # steps at the beginning of a turn on a small batch
@@ -229,14 +225,6 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, object]]]:
             yield table
 
 
-def write_csv(table: list[dict[str, object]], versions: dict[str, object], path: Path) -> None:
-    """The table, each row with what it was measured on."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*table[0], *versions], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | versions for row in table)
-
-
 def plot(csv_path: Path, path: Path) -> None:
     """The roofline, from the CSV alone."""
     import matplotlib
@@ -290,7 +278,8 @@ def plot(csv_path: Path, path: Path) -> None:
     huge_pages = ["huge pages"] if table[0]["huge_pages"] == "True" else []
     machine = "   ".join((table[0]["device"], table[0]["dtype"], f"torch {table[0]['torch']}", *huge_pages))
     figure.suptitle(machine, fontsize=8, color="0.4", x=0.995, ha="right")
-    figure.savefig(path, dpi=160)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=160, format="png")
     plt.close(figure)
 
 
@@ -308,50 +297,14 @@ def show(table: list[dict[str, object]]) -> None:
         print(f"{K:>7}{rows[COPY]['N']:>9}" + "".join(f"{cell:>{width}}" for cell in cells))
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU, or the processor and the number of threads."""
-    if device.type != "cpu":
-        return torch.get_device_module(device).get_device_name(device)
-    try:
-        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
-def versions_of(device: torch.device) -> dict[str, object]:
-    """What the figures depend on."""
-    try:
-        from triton import __version__ as triton
-    except ImportError:
-        triton = ""
-    try:
-        git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-        commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    return {
-        "device": device_name(device),
-        "runtime": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": triton,
-        "sre_triton": sre_triton.__version__,
-        "huge_pages": HUGE_PAGES,
-        "commit": commit,
-    }
-
-
 def main() -> None:
     """Measures, writes, draws."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=found, help="default: %(default)s, which was found")
+    add_arguments(parser, quick="three K, fewer rows and rounds")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16; on a CPU float32"
     )
-    parser.add_argument("--quick", action="store_true", help="three K, fewer rows and rounds")
-    parser.add_argument("--classes", type=int, nargs="+", metavar="K", help="these numbers of classes alone")
-    parser.add_argument("--out", type=Path, help="folder for the CSV and the figure (default: perf/results/<device>)")
+    parser.add_argument("--classes", type=positive, nargs="+", metavar="K", help="these numbers of classes alone")
     args = parser.parse_args()
     on_cpu = args.device.type == "cpu"
     default = "float32" if on_cpu else "bfloat16"
@@ -363,9 +316,7 @@ def main() -> None:
     # More than caches hold: in float32 64 MiB, on a GPU in bfloat16 512 MiB.
     args.elements = 2 ** ((21 if args.quick else 24) if on_cpu else (24 if args.quick else 28))
     args.rounds, args.slow_rounds = (3, 1) if args.quick else (9, 2) if on_cpu else (30, 5)
-    name = re.sub(r"[^A-Za-z0-9]+", "-", device_name(args.device)).strip("-")
-    folder = args.out or Path(__file__).parent.joinpath("results", name, *own)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder_of(args, *own)
     if not on_cpu:
         torch.get_device_module(args.device).set_device(args.device)
 
@@ -373,14 +324,10 @@ def main() -> None:
     if not on_cpu:
         for name, reason in peers.available()[1].items():
             print(f"without {name}: {reason}")
-    table, versions = [], versions_of(args.device)
-    for rows in measure(args):  # an interrupted run leaves the K it has done
-        table += rows
-        write_csv(table, versions, folder / "sweep_k.csv")
-    show(table)
+    show(collect(measure(args), versions_of(args.device), folder / "sweep_k.csv"))
     plot(folder / "sweep_k.csv", folder / "roofline.png")
     print(folder / "sweep_k.csv", folder / "roofline.png", sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -4,7 +4,7 @@
     python perf/sweep_linear.py --quick         small cases, to see that it works
     python perf/sweep_linear.py --chunk-rows 256 1024 4096      chunks of other sizes as well
 
-Writes sweep_linear.csv and linear.png to perf/results/<device>/ (--out FOLDER for another) and prints a table. A step
+Writes sweep_linear.csv and linear.png to perf/out/<device>/ (--out FOLDER for another) and prints a table. A step
 is forward + backward with the gradients of features (N, D) and weight (K, D).
 
 "F.linear_cross_entropy" chooses its chunks itself, as small as the features; "our chunks" gives it those of this
@@ -34,6 +34,7 @@ import peers
 import sweep_k
 import torch
 import torch.nn.functional as F
+from output import add_arguments, collect, folder_of, positive, replacing, run_script, versions_of
 from torch import Tensor
 from tqdm import tqdm
 
@@ -242,7 +243,8 @@ def plot(csv_path: Path, path: Path) -> None:
     first = table[0]
     machine = (first["device"], first["dtype"], f"N = {N}", f"D = {first['D']}", f"torch {first['torch']}")
     figure.suptitle("   ".join(machine), fontsize=8, color="0.4", x=0.995, ha="right")
-    figure.savefig(path, dpi=160)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=160, format="png")
     plt.close(figure)
 
 
@@ -258,12 +260,9 @@ def show(table: list[dict[str, object]]) -> None:
 def main() -> None:
     """Measures, writes, draws."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=found, help="default: %(default)s, which was found")
+    add_arguments(parser, quick="two small cases, fewer rounds")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16; on a CPU float32")
-    parser.add_argument("--quick", action="store_true", help="two small cases, fewer rounds")
-    parser.add_argument("--chunk-rows", type=int, nargs="+", default=[], help="more sizes of chunks")
-    parser.add_argument("--out", type=Path, help="folder for the CSV and the figure (default: perf/results/<device>)")
+    parser.add_argument("--chunk-rows", type=positive, nargs="+", default=[], help="more sizes of chunks")
     parser.add_argument("--peak-of", type=json.loads, help=argparse.SUPPRESS)  # a process of its own
     args = parser.parse_args()
     args.dtype_name = args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
@@ -275,19 +274,13 @@ def main() -> None:
     kind = "cpu" if args.device.type == "cpu" else "cuda"
     args.features, args.cases = QUICK if args.quick else CASES[kind]
     args.cases = args.cases + ([] if args.quick else ROW_CASES[kind])
-    name = re.sub(r"[^A-Za-z0-9]+", "-", sweep_k.device_name(args.device)).strip("-")
     own = [] if (args.dtype_name == "float32") == (kind == "cpu") else [args.dtype_name]
-    folder = args.out or Path(__file__).parent.joinpath("results", name, *own)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder_of(args, *own)
 
-    table, versions = [], sweep_k.versions_of(args.device)
-    for rows in measure(args):  # an interrupted run leaves the cases it has done
-        table += rows
-        sweep_k.write_csv(table, versions, folder / "sweep_linear.csv")
-    show(table)
+    show(collect(measure(args), versions_of(args.device), folder / "sweep_linear.csv"))
     plot(folder / "sweep_linear.csv", folder / "linear.png")
     print(folder / "sweep_linear.csv", folder / "linear.png", sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

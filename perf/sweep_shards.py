@@ -3,7 +3,7 @@
     python perf/sweep_shards.py                 GPUs with NCCL if there are any, else 1, 2 and 4 processes with gloo
     python perf/sweep_shards.py --quick         small cases, to see that it works
 
-Writes sweep_shards.csv and shards.png to perf/results/<device>/ (--out FOLDER for another) and prints a table. A step
+Writes sweep_shards.csv and shards.png to perf/out/<device>/ (--out FOLDER for another) and prints a table. A step
 is forward + backward of the loss, with the gradient of a rank's logits.
 
     strong    all classes together are as many, whatever the number of ranks: the more ranks, the shorter
@@ -33,6 +33,7 @@ import sweep_k
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from output import add_arguments, collect, folder_of, positive, replacing, run_script, versions_of
 from torch import Tensor
 from tqdm import tqdm
 
@@ -229,7 +230,8 @@ def plot(csv_path: Path, path: Path) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     machine = (first["device"], first["backend"], first["dtype"], f"N = {first['N']}", f"torch {first['torch']}")
     figure.suptitle("   ".join(machine), fontsize=8, color="0.4", x=0.995, ha="right")
-    figure.savefig(path, dpi=160)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=160, format="png")
     plt.close(figure)
 
 
@@ -250,11 +252,10 @@ def sweep(args: argparse.Namespace, versions: dict[str, object], folder: Path) -
         group = dist.new_group(list(range(ranks)))
         among_them = dist.get_rank() < ranks
         meshes[ranks] = dist.device_mesh.DeviceMesh.from_group(group, args.device.type) if among_them else None
-    table = []
-    for rows in measure(args, meshes):  # an interrupted run leaves the cases it has done
-        table += rows
-        if dist.get_rank() == 0:
-            sweep_k.write_csv(table, versions, folder / "sweep_shards.csv")
+    if dist.get_rank() == 0:
+        collect(measure(args, meshes), versions, folder / "sweep_shards.csv")
+    else:
+        list(measure(args, meshes))
 
 
 def run(rank: int, args: argparse.Namespace, versions: dict[str, object], folder: Path, store: str) -> None:
@@ -276,11 +277,8 @@ def run(rank: int, args: argparse.Namespace, versions: dict[str, object], folder
 def main() -> None:
     """Measures, writes, draws."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=found, help="default: %(default)s, which was found")
-    parser.add_argument("--quick", action="store_true", help="small cases, fewer rounds")
-    parser.add_argument("--ranks", type=int, nargs="+", help="default: 1 2 4, on GPUs as many as there are")
-    parser.add_argument("--out", type=Path, help="folder for the CSV and the figure (default: perf/results/<device>)")
+    add_arguments(parser, quick="small cases, fewer rounds")
+    parser.add_argument("--ranks", type=positive, nargs="+", help="default: 1 2 4, on GPUs as many as there are")
     args = parser.parse_args()
     on_cpu = args.device.type == "cpu"
     args.dtype_name = "float32" if on_cpu else "bfloat16"
@@ -289,16 +287,14 @@ def main() -> None:
     args.rounds, args.logits = (QUICK_ROUNDS, 2**20) if args.quick else (ROUNDS, 2**24)  # at least, to be timed at once
     usual = CPU_RANKS if on_cpu else [2**i for i in range(torch.cuda.device_count().bit_length())]
     args.ranks = sorted({1, *(args.ranks or usual)})  # what the others are compared with is always there
-    if args.ranks[0] < 1 or (not on_cpu and args.ranks[-1] > torch.cuda.device_count()):
-        parser.error(f"--ranks: expected 1 or more, on GPUs no more than there are, got {args.ranks}")
-    name = re.sub(r"[^A-Za-z0-9]+", "-", sweep_k.device_name(args.device)).strip("-")
-    folder = args.out or Path(__file__).parent.joinpath("results", name)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not on_cpu and args.ranks[-1] > torch.cuda.device_count():
+        parser.error(f"--ranks: expected no more than there are GPUs, got {args.ranks}")
+    folder = folder_of(args)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
     if on_cpu and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
-    versions = sweep_k.versions_of(args.device) | {"cores": os.cpu_count()}
+    versions = versions_of(args.device) | {"cores": os.cpu_count()}
     with tempfile.TemporaryDirectory() as temporary:
         store = (Path(temporary) / "store").as_uri()
         torch.multiprocessing.spawn(run, (args, versions, folder, store), max(args.ranks))
@@ -309,4 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -153,7 +153,7 @@ def test_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, capsys, u
     arguments = ["sweep_k.py", "--quick", "--device", "cpu", "--dtype", "bfloat16", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     sweep_k.main()
-    with (tmp_path / "sweep_k.csv").open(newline="") as file:
+    with (tmp_path / "quick" / "sweep_k.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     contenders = {
         "copy",
@@ -174,7 +174,7 @@ def test_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, capsys, u
         assert row["dtype"] == "bfloat16"
         assert row["torch"] == torch.__version__
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
-    assert str(tmp_path / "sweep_k.csv") in capsys.readouterr().out
+    assert str(tmp_path / "quick" / "sweep_k.csv") in capsys.readouterr().out
 
 
 def test_language_model_example(tmp_path):
@@ -208,7 +208,7 @@ def test_linear_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, un
     arguments = ["sweep_linear.py", "--quick", "--device", "cpu", "--chunk-rows", "64", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     sweep_linear.main()
-    with (tmp_path / "sweep_linear.csv").open(newline="") as file:
+    with (tmp_path / "quick" / "sweep_linear.csv").open(newline="") as file:
         table = {row["contender"]: row for row in csv.DictReader(file)}
     assert set(table) == {fused, plain, reference}
     for row in table.values():
@@ -272,7 +272,7 @@ def test_shards_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, ra
         torch.multiprocessing, "spawn", lambda _, given, count: ranks.run(count, sweep_shards, *given[:3])
     )
     script.main()
-    with (tmp_path / "sweep_shards.csv").open(newline="") as file:
+    with (tmp_path / "quick" / "sweep_shards.csv").open(newline="") as file:
         table = {(row["scaling"], row["ranks"], row["contender"]): row for row in csv.DictReader(file)}
     contenders = ("sre_triton", "F.cross_entropy, loss_parallel", "sre_triton, all logits on every rank")
     cases = {(scaling, ranks, name) for scaling in ("strong", "weak") for ranks in "124" for name in contenders}
