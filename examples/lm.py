@@ -21,6 +21,7 @@ import base64
 import importlib.util
 import math
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -211,11 +212,13 @@ def evaluate(model: LanguageModel, size: Size, args: argparse.Namespace, tokens:
 
 def measure(loss: str, size: Size, args: argparse.Namespace, results: Connection) -> None:
     """Trains and measures a model, in a process of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word: the first process has one
-    train_tokens, test_tokens = load_split()
-    model, milliseconds = train(loss, size, args, train_tokens, reg_weight=args.reg_weight, class_mean=True)
-    peak = peak_bytes(args.device)
-    results.send(Measures(*evaluate(model, size, args, test_tokens), milliseconds, peak))
+    try:
+        train_tokens, test_tokens = load_split()
+        model, milliseconds = train(loss, size, args, train_tokens, reg_weight=args.reg_weight, class_mean=True)
+        peak = peak_bytes(args.device)
+        results.send(Measures(*evaluate(model, size, args, test_tokens), milliseconds, peak))
+    except KeyboardInterrupt:
+        sys.exit(1)  # without a word: the first process has one
 
 
 def in_a_process(loss: str, size: Size, args: argparse.Namespace) -> Measures:
@@ -229,8 +232,10 @@ def in_a_process(loss: str, size: Size, args: argparse.Namespace) -> Measures:
         return results.recv()
     except EOFError:
         sys.exit(f"training with {loss} failed")
+    except KeyboardInterrupt:
+        os.kill(process.pid, signal.SIGINT)  # if it is not the terminal that says so
+        raise
     finally:
-        process.terminate()
         process.join()
 
 
