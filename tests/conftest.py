@@ -10,13 +10,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# The tests run in two processes: what they start takes one core, too. Two threads of it would wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from interpreter import patch_once_a_launch
 from ranks import Ranks
 
 from sre_triton import messages
 from sre_triton.compiled import inductor
 
-torch.set_num_threads(1)  # The tests run in two processes.
+torch.set_num_threads(1)
 patch_once_a_launch()
 
 
