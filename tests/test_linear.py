@@ -503,7 +503,8 @@ def test_autocast_to_another_half_precision(chunk_rows, row_backend):
 
 
 def test_small_gradients_survive_float16(row_backend):
-    # The mean over so many rows and classes takes a gradient below what float16 holds, before the loss scaler multiplies it.
+    # The mean over so many rows, of so many classes, takes a gradient below what float16 holds, before the loss scaler
+    # multiplies it.
     input, W, b, target, _ = linear_problem((32,), D, 4000, {}, dtype=torch.float16)
     scaled = loss_and_gradients(input, W, b, target, upstream=torch.tensor(2.0**16), backend=row_backend)[2]
     true = linear_truth(input, W, b, target, upstream=torch.tensor(2.0**16))[2]

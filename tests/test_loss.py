@@ -1,6 +1,5 @@
 """The public contract, sentence by sentence, apart from the numbers themselves."""
 
-import os
 import subprocess
 import sys
 import warnings
