@@ -113,7 +113,7 @@ LONG = ("test_variants", "test_smoke", "test_kernel_budget", "test_package", "te
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """With -n: a test goes to whoever is free; those that share a server (ranks.py, without.py) stay together."""
-    if config.option.dist != "load":
+    if config.option.dist != "load" or torch.cuda.is_available():
         return None
     from xdist.scheduler import LoadScopeScheduling
 

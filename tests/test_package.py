@@ -202,8 +202,6 @@ def test_linear_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, un
     monkeypatch.setattr(
         sweep_linear, "contenders", lambda _: ({name: field[name] for name in (fused, plain, reference)}, {})
     )
-    for name, value in UNCOMPILED.items():  # of the processes whose peak is measured
-        monkeypatch.setenv(name, value)
     K, N, D = 5000, 2048, 8
     monkeypatch.setattr(sweep_linear, "QUICK", (D, [(K, N)]))
     arguments = ["sweep_linear.py", "--quick", "--device", "cpu", "--chunk-rows", "64", "--out", str(tmp_path)]
