@@ -10,12 +10,17 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# The tests run in two processes: what they start takes one core, too. Two threads of it would wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from interpreter import patch_once_a_launch
 from ranks import Ranks
 
 from sre_triton import messages
 from sre_triton.compiled import inductor
 
-torch.set_num_threads(1)  # The tests run in two processes.
+torch.set_num_threads(1)
+patch_once_a_launch()
 
 
 @pytest.fixture(autouse=True)
@@ -101,8 +106,27 @@ def ranks(request, _ranks):
     return _ranks["nccl" if request.node.get_closest_marker("gpu") else "gloo"]
 
 
+# Files of tests that take seconds each, in processes of their own.
+LONG = ("test_variants", "test_barriers", "test_kernel_budget", "test_package", "test_integrations", "test_output")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With -n: a test goes to whoever is free; those that share a server (ranks.py, without.py) stay together."""
+    if config.option.dist != "load" or torch.cuda.is_available():
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return next((name for name in ("sharding", "test_internals") if name in nodeid.split("::")[0]), nodeid)
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu need one."""
+    """Long tests come first, so that no process ends long before another; those marked gpu need one."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

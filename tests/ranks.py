@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from interpreter import patch_once_a_launch
 
 from sre_triton import messages
 from sre_triton.compiled import inductor
@@ -37,6 +38,7 @@ def _join(rank, num_ranks, folder, kind, timeout=TIMEOUT):
     torch.use_deterministic_algorithms(True)
     messages._warned.update(messages.ONCE)
     inductor._uncompiled.add("cpu")
+    patch_once_a_launch()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if kind == "nccl":
         torch.cuda.set_device(rank)

@@ -125,10 +125,10 @@ def test_strided_tensors(quick_backend):
 
 @pytest.mark.parametrize("name", ["default", "all"])
 def test_chunks_change_nothing_but_roundings(name, row_backend):
-    *tensors, target, options = linear_problem((64,), D, K, OPTIONS[name])
+    *tensors, target, options = linear_problem((32,), D, K, OPTIONS[name])
     results = [
         loss_and_gradients(*tensors, target, chunk_rows=chunk_rows, backend=row_backend, **options)
-        for chunk_rows in (1, 7, 63, 64, 65)
+        for chunk_rows in (1, 7, 31, 32, 33)
     ]
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
@@ -143,7 +143,7 @@ def test_options_mean_what_they_mean_elsewhere(quick_backend):
         torch.testing.assert_close(ours[:2], expected)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 64])
+@pytest.mark.parametrize("chunk_rows", [8, 64])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_gradients_of_parameters_are_summed_in_float32(dtype, chunk_rows, uncompiled):
     # Every row adds 1 / 65536 to what becomes 1 / 16: summed in half precision, most of it would be lost.

@@ -65,7 +65,12 @@ def test_variants_compile():
             assert line["barriers"] == 1, line
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+slow = pytest.mark.slow  # more dtypes, of which test_variants_compile has a few kernels
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float16", marks=slow), pytest.param("float32", marks=slow)]
+)
 def test_every_way_to_hold_rows_compiles_for_blackwell(dtype):
     lines = lines_of("sm_100", "--ways", dtype)
     clusters = has_clusters(lines[0]["triton"])

@@ -23,10 +23,19 @@ def test_blocks_change_nothing(block_bytes, monkeypatch, uncompiled):
         torch.testing.assert_close(blocks, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("recompute", [False, True])
-def test_compiled_code_may_write_over_what_it_reads(recompute, dtype):
-    for N, K, padding in itertools.product((2, 37), (8, 100, 2003), (0, 3)):
+# Each of both passes is compiled for either dtype, and for either for few and for many classes.
+@pytest.mark.parametrize(
+    ("recompute", "dtype", "classes"),
+    [
+        (False, torch.float32, (8, 100, 2003)),
+        (False, torch.bfloat16, (8, 100)),
+        (True, torch.float32, (8, 100)),
+        (True, torch.bfloat16, (100, 2003)),
+    ],
+    ids=str,
+)
+def test_compiled_code_may_write_over_what_it_reads(recompute, dtype, classes):
+    for N, K, padding in itertools.product((2, 37), classes, (0, 3)):
         logits, target, _ = problem(N, K, {}, dtype=dtype)
         _, _, expected = loss_and_gradient(logits, target, backend="compile", recompute=recompute)
         source = torch.nn.functional.pad(logits, (0, padding)).requires_grad_()
@@ -36,8 +45,7 @@ def test_compiled_code_may_write_over_what_it_reads(recompute, dtype):
         assert torch.equal(source.grad[:, :K], expected)
 
 
-@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
-@pytest.mark.parametrize("name", ["default", "weight"])
+@pytest.mark.parametrize(("name", "probabilities"), [("default", False), ("weight", True)])
 def test_compiled_code_takes_tensors_as_they_lie(name, probabilities):
     logits, target, options = problem(20, 60, OPTIONS[name], probabilities=probabilities)
     options = {key: torch.stack([value] * 2, -1)[:, 0] if key == "weight" else value for key, value in options.items()}

@@ -346,12 +346,12 @@ def test_every_write_in_place_moves_the_version(kernels):
         assert logits._version > version
 
 
-@pytest.mark.parametrize("factor", [torch.tensor(1.0), torch.ones(300)], ids=["scalar", "rows"])
+@pytest.mark.parametrize("factor", [torch.tensor(1.0), torch.ones(40)], ids=["scalar", "rows"])
 @pytest.mark.parametrize("K", [10, 5000])
 def test_a_factor_of_one_writes_nothing(K, factor, kernels):
     # A signalling NaN that goes through a multiplication comes out as a quiet one.
     signalling = 0x7F800001
-    gradient = torch.full((300, K), signalling, dtype=torch.int32).view(torch.float32)
+    gradient = torch.full((40, K), signalling, dtype=torch.int32).view(torch.float32)
     kernels.scale_gradient_(gradient, factor.to(gradient.device))
     assert (gradient.view(torch.int32) == signalling).all()
     kernels.scale_gradient_(gradient, torch.tensor(2.0))
