@@ -15,7 +15,7 @@ import pkgutil
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -415,11 +415,52 @@ def inductor_is_open() -> bool:
     return all(find(name) is not None for name in names)
 
 
-def compile_and_catch(graph: torch.fx.GraphModule, inputs: list, options: dict) -> tuple[Callable, list[Callable]]:
+def has_cpp_compiler() -> bool:
+    """Whether Inductor finds a C++ compiler that answers. It would look for one after seconds of tracing.
+
+    Private: ``torch._inductor.cpp_builder.get_cpp_compiler``. It stands for the error that torch.compile raises. If the
+    name is gone, the answer is True: torch.compile is asked, and its error says so.
+    """
+    look = find("torch._inductor.cpp_builder:get_cpp_compiler")
+    try:
+        return look is None or bool(look())
+    except Exception:  # one of its own, which has another name elsewhere
+        return False
+
+
+@contextlib.contextmanager
+def _told(begins: Callable[[], None]) -> Iterator[None]:
+    """While Inductor is asked: ``begins`` is called before it writes code, if its cache does not have the code.
+
+    Private: ``torch._inductor.compile_fx.fx_codegen_and_compile``. It stands for the seconds that compiling takes. If
+    the name is gone, ``begins`` is always called.
+    """
+    generate = find("torch._inductor.compile_fx:fx_codegen_and_compile")
+    if generate is None:
+        begins()
+        yield
+        return
+
+    def generate_and_tell(*args, **keywords):
+        """As Inductor, after the word."""
+        begins()
+        return generate(*args, **keywords)
+
+    module = sys.modules["torch._inductor.compile_fx"]
+    module.fx_codegen_and_compile = generate_and_tell
+    try:
+        yield
+    finally:
+        module.fx_codegen_and_compile = generate
+
+
+def compile_and_catch(
+    graph: torch.fx.GraphModule, inputs: list, options: dict, begins: Callable[[], None]
+) -> tuple[Callable, list[Callable]]:
     """The graph compiled by Inductor, and a list of what Inductor itself returned in there.
 
     The first takes the inputs of the graph. The second takes a list of those that are used, and is called with no check
-    before it; the list is empty if nobody asked Inductor.
+    before it; the list is empty if nobody asked Inductor. ``begins`` is called if there is something to compile.
 
     Private: see :func:`inductor_is_open`; and ``torch._functorch.config.patch(enable_autograd_cache=False)``, as the
     cache of AOTAutograd would return all it makes around Inductor's result (Inductor has a cache of its own). If the
@@ -440,7 +481,7 @@ def compile_and_catch(graph: torch.fx.GraphModule, inputs: list, options: dict) 
         from torch._functorch import config
 
         without_cache = config.patch(enable_autograd_cache=False)
-    with without_cache:
+    with without_cache, _told(begins):
         return compile_fx(graph, inputs, compile_inner, known_options(options)), caught
 
 

@@ -10,6 +10,7 @@ three devices has been tried: there was no such machine.
 """
 
 import errno
+import functools
 import inspect
 import itertools
 import logging
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import internals
-from ..messages import FAILED, NO_COMPILER, NO_FILES, NO_TRITON, SWITCHED_OFF, warn_user
+from ..messages import COMPILING, FAILED, NO_COMPILER, NO_FILES, NO_TRITON, SWITCHED_OFF, warn_user
 from .columns import SHORT
 from .passes import Scalars
 
@@ -117,11 +118,12 @@ class _Catcher:
     Args:
         flat: the arguments of the call that the order is learnt from, as ``_flat`` gives them.
         is_short: whether the version is for rows of ``SHORT`` classes at most.
+        begins: called before Inductor compiles, unless its cache has what it is asked for.
     """
 
-    def __init__(self, flat: list, is_short: bool) -> None:
+    def __init__(self, flat: list, is_short: bool, begins: Callable[[], None]) -> None:
         """The arguments are the class's."""
-        self.flat, self.is_short = flat, is_short
+        self.flat, self.is_short, self.begins = flat, is_short, begins
         self.was_asked = self.for_all_shapes = False
         self.inner: Callable | None = None
         self.order: list[int] = []
@@ -130,7 +132,7 @@ class _Catcher:
     def __call__(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
         """What Dynamo calls in place of the graph. Dynamo may ask twice: at first it takes a number for a symbol."""
         self.was_asked = True
-        whole, caught = internals.compile_and_catch(graph, inputs, INDUCTOR)
+        whole, caught = internals.compile_and_catch(graph, inputs, INDUCTOR, self.begins)
         self.inner = caught[-1] if caught else None
         self.for_all_shapes = _hold_for_all_shapes(inputs, self.is_short)
 
@@ -173,14 +175,14 @@ def _compile(function: Callable, args: tuple) -> Callable[[tuple], tuple[Tensor,
     stand_ins = tuple(_stand_in(name, arg, is_short) for name, arg in zip(names, args, strict=True))
     clone = internals.clone(function, f"{function.__name__}_{len(_compiled)}")  # each key has its own
     options = {"guard_filter_fn": _of_shapes}
-    catcher = _Catcher(_flat(stand_ins), is_short) if internals.inductor_is_open() else None
+    what = f"{function.__name__} for {str(logits.dtype).removeprefix('torch.')} logits on {logits.device}"
+    begins = functools.partial(logger.warning, COMPILING, what)
+    catcher = _Catcher(_flat(stand_ins), is_short, begins) if internals.inductor_is_open() else None
     if catcher is None:
+        begins()
         options |= internals.known_options(INDUCTOR)
     checked = torch.compile(clone, backend=catcher or "inductor", dynamic=True, fullgraph=True, options=options)
 
-    what = f"{function.__name__} for {str(logits.dtype).removeprefix('torch.')} logits on {logits.device}"
-    text = "compiling %s, once for each set of options: 2 to 15 seconds, unless Inductor has it cached"
-    logger.warning(text, what)
     started = time.perf_counter()
     checked(*stand_ins)
     if catcher is not None and not catcher.was_asked:
@@ -210,10 +212,14 @@ def _lasting(error: Exception) -> str | None:
     return None
 
 
-def _tried(function: Callable, args: tuple) -> Callable | None:
-    """The function compiled; None, and a warning, where that has failed."""
+def _tried(function: Callable, args: tuple) -> tuple[Callable | None, str | None]:
+    """The function compiled, and None; or None, and the warning that says why."""
+    device = args[0].device.type
+    if device == "cpu" and not internals.has_cpp_compiler():
+        _uncompiled.add(device)
+        return None, NO_COMPILER.format("CXX, else g++ or clang++")
     try:
-        return _compile(function, args)
+        return _compile(function, args), None
     except Exception as error:
         causes = [error]
         while (cause := getattr(causes[-1], "inner_exception", None) or causes[-1].__cause__) is not None:
@@ -223,9 +229,8 @@ def _tried(function: Callable, args: tuple) -> Callable | None:
             logger.warning("torch.compile failed", exc_info=error)
             warning = FAILED.format(type(causes[-1]).__name__, str(causes[-1])[:200])
         else:
-            _uncompiled.add(args[0].device.type)
-    warn_user(warning, RuntimeWarning)
-    return None
+            _uncompiled.add(device)
+        return None, warning
 
 
 def _say(reason: str) -> None:
@@ -243,11 +248,13 @@ def _compile_once(key: tuple, function: Callable, args: tuple) -> Callable | Non
         if args[0].device.type in _uncompiled:
             return None
         reason = internals.why_nothing_is_compiled()
-        if reason is None:
-            _compiled[key] = _tried(function, args)
-            return _compiled[key]
-        _say(reason)
-    return None
+        if reason is not None:
+            _say(reason)
+            return None
+        _compiled[key], warning = _tried(function, args)
+    if warning is not None:  # which may be an error, once: the next call finds what failed
+        warn_user(warning, RuntimeWarning)
+    return _compiled[key]
 
 
 def compiled_pass(function: Callable, args: tuple) -> Callable[[tuple], tuple[Tensor, ...]] | None:

@@ -230,6 +230,30 @@ print([f"{warning.category.__name__}: {warning.message}" for warning in caught])
     assert out.count("Warning: ") == 1
 
 
+def test_without_a_compiler_a_warning_that_is_an_error_is_one_at_the_users_line(tmp_path):
+    code = """
+import sys, traceback, warnings, torch
+from sre_triton import self_regularized_entropy
+z, target = torch.zeros(3, 20, requires_grad=True), torch.tensor([0, 1, 2])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    self_regularized_entropy(z, target)
+print(*(warning.filename for warning in caught if issubclass(warning.category, RuntimeWarning)))
+from sre_triton.compiled import inductor
+inductor._uncompiled.clear()
+inductor._compiled.clear()
+warnings.simplefilter("error", RuntimeWarning)
+try:
+    self_regularized_entropy(z, target)
+except RuntimeWarning:
+    print("raised", "torch._dynamo.convert_frame" in sys.modules and bool(torch._dynamo.utils.counters["frames"]))
+self_regularized_entropy(z, target).backward()
+print(z.grad.isfinite().all().item())
+"""
+    out = run(code, CXX="/nonexistent/compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path), PATH="/nonexistent")
+    assert out.splitlines() == ["<string>", "raised False", "True"]  # nothing was traced
+
+
 def test_without_triton_everything_but_triton_works(tmp_path):
     # As on macOS and Windows, for which there is no Triton; without a compiler, then with one.
     code = """
@@ -447,14 +471,20 @@ def test_nothing_grows_with_values_shapes_and_threads(uncompiled):
     assert size < 300_000
 
 
-def test_the_log_tells_of_compiling(fresh, caplog):
+@torch._inductor.config.patch(cpp_cache_precompile_headers=False)  # which would compile them anew for the folder
+def test_the_log_tells_of_compiling(fresh, caplog, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     logits, target, _ = problem(4, 20, {})
     with caplog.at_level("INFO", "sre_triton"):
         for _ in range(2):
             self_regularized_entropy(logits, target, backend="compile")
-    before, after = (record for record in caplog.records if record.name == "sre_triton")
+        monkeypatch.setattr(inductor, "_compiled", {})  # as in another process, for which Inductor has the code
+        torch.compiler.reset()
+        self_regularized_entropy(logits, target, backend="compile")
+    before, after, again = (record for record in caplog.records if record.name == "sre_triton")
+    assert again.getMessage().startswith("compiled loss_pass")
     assert before.levelname == "WARNING"  # which is shown where nobody has configured logging
-    assert before.getMessage().startswith("compiling loss_pass for float32 logits on cpu, once for")
+    assert before.getMessage().startswith("sre_triton compiles loss_pass for float32 logits on cpu, once for")
     assert re.fullmatch(r"compiled loss_pass for float32 logits on cpu in \d+\.\d s", after.getMessage())
 
 
