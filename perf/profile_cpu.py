@@ -3,7 +3,7 @@
     python perf/profile_cpu.py [N] [K]
 
 Prints PyTorch's profile of 20 steps, with the page faults of each, and where Inductor has put the C++ of the loop:
-"CompiledFxGraph" is that loop, `SinglePass` what Python does around it.
+"graph_0_cpp_fused..." is that loop, `SinglePass` what Python does around it.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import resource
 
 import torch
 from output import positive, run_script
+from torch._inductor import config as inductor_config
 from torch._inductor.codecache import PyCodeCache
 
 from sre_triton import self_regularized_entropy
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("rows", type=positive, nargs="?", default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("classes", type=positive, nargs="?", default=1000, metavar="K", help="default: %(default)s")
     args = parser.parse_args()
+    inductor_config.cpp.enable_kernel_profile = True  # the loop has a name in the profile
     logits = (3 * torch.randn(args.rows, args.classes)).requires_grad_()
     target = torch.randint(args.classes, (args.rows,))
 

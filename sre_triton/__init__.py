@@ -1,4 +1,4 @@
-"""Self-regularized entropy: a loss for classification over very many classes, as fast as cross entropy.
+"""Self-regularized entropy: a loss for classification over very many classes, in one fused pass over the logits.
 
 For one row of logits z with target class g, p = softmax(z) and c = 1e-7:
 
@@ -23,6 +23,7 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
     backend.py          who computes: Triton, torch.compile or plain autograd
     primitives.py       the seam: the five functions of a backend, registered with PyTorch
     internals.py        PyTorch's private names, each with a way to do without
+    __main__.py         ``python -m sre_triton``: what a report of a fault needs
     kernels/            Triton, for GPUs
         arithmetic.py   functions of one number: 2^x, log2, 1/x, tanh
         formulas.py     the mathematics of a tile of classes: exponentials, the coin, sums, the gradient of a class

@@ -15,18 +15,24 @@ GPUS = ("cuda", "xpu")  # AMD's are "cuda" too
 _modules: dict[str, ModuleType] = {}
 
 
-@constant_while_compiling
-def has_triton(device: torch.device) -> bool:
-    """Whether Triton is installed and compiles for the device, or interprets on a CPU."""
+def why_not_triton(device: torch.device) -> str | None:
+    """Why Triton computes nothing on the device; None where it compiles for it, or interprets on a CPU."""
     if importlib.util.find_spec("triton") is None:
-        return False
+        return "Triton is not installed"
     if device.type == "cpu":
         from .kernels.launch import INTERPRETED
 
-        return INTERPRETED
+        return None if INTERPRETED else "Triton needs a GPU (or TRITON_INTERPRET=1)"
     if device.type == "cuda" and torch.version.hip is None:
-        return torch.cuda.get_device_capability(device) >= (7, 0)
-    return device.type in (*GPUS, "meta")
+        capability = torch.cuda.get_device_capability(device)
+        return None if capability >= (7, 0) else f"Triton needs compute capability 7.0, and it has {capability}"
+    return None if device.type in (*GPUS, "meta") else f"Triton knows no device {device.type!r}"
+
+
+@constant_while_compiling
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and compiles for the device, or interprets on a CPU."""
+    return why_not_triton(device) is None
 
 
 def choose(backend: str | None, logits: Tensor, differentiable_arguments: bool) -> str:

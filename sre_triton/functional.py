@@ -1,17 +1,49 @@
 """The public functions: their signatures, and where each goes."""
 
+from typing import TYPE_CHECKING, Literal, overload
+
 from torch import Tensor
 
 from .arguments import of_linear, of_logits
 from .autograd import loss_of_logits
 from .internals import hidden_from_modes
 from .linear import loss_of_linear
-from .options import Options
+from .options import KeywordsOfLinear, KeywordsOfLogits, Options
 from .reference import Parts
 from .results import result_of
 from .sharding.shard import VocabShard
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@overload
+def self_regularized_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_parts: Literal[False] = False,
+    **options: "Unpack[KeywordsOfLogits]",
+) -> Tensor: ...
+@overload
+def self_regularized_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_parts: Literal[True],
+    **options: "Unpack[KeywordsOfLogits]",
+) -> tuple[Tensor, Parts]: ...
+@overload
+def self_regularized_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_parts: bool,
+    **options: "Unpack[KeywordsOfLogits]",
+) -> Tensor | tuple[Tensor, Parts]: ...
 @hidden_from_modes
 def self_regularized_entropy(
     input: Tensor,  # (K,), (N, K) or (N, K, d1, ...)
@@ -121,6 +153,39 @@ def self_regularized_entropy(
     return result_of(of_logits(input, target, weight, options), loss_of_logits)
 
 
+@overload
+def linear_self_regularized_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    return_parts: Literal[False] = False,
+    **options: "Unpack[KeywordsOfLinear]",
+) -> Tensor: ...
+@overload
+def linear_self_regularized_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    return_parts: Literal[True],
+    **options: "Unpack[KeywordsOfLinear]",
+) -> tuple[Tensor, Parts]: ...
+@overload
+def linear_self_regularized_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    return_parts: bool,
+    **options: "Unpack[KeywordsOfLinear]",
+) -> Tensor | tuple[Tensor, Parts]: ...
 @hidden_from_modes
 def linear_self_regularized_entropy(
     input: Tensor,  # (..., D)

@@ -16,10 +16,13 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+Function = TypeVar("Function", bound=Callable)
 
 
 @functools.cache
@@ -141,7 +144,7 @@ _push_function_mode = find("torch._C:_push_on_torch_function_stack")
 _no_function_modes = find("torch._C:DisableTorchFunction") or contextlib.nullcontext
 
 
-def hidden_from_modes(function: Callable) -> Callable:
+def hidden_from_modes(function: Function) -> Function:
     """The function, of which a ``TorchFunctionMode`` sees nothing unless it is called with ``backend="eager"``.
 
     What is compiled cannot show itself to modes, and kernels have nothing to show. So that the same call has the same
@@ -415,17 +418,17 @@ def inductor_is_open() -> bool:
     return all(find(name) is not None for name in names)
 
 
-def has_cpp_compiler() -> bool:
-    """Whether Inductor finds a C++ compiler that answers. It would look for one after seconds of tracing.
+def cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor finds, if one answers. torch.compile looks for it after seconds of tracing.
 
     Private: ``torch._inductor.cpp_builder.get_cpp_compiler``. It stands for the error that torch.compile raises. If the
-    name is gone, the answer is True: torch.compile is asked, and its error says so.
+    name is gone, the answer is "c++", wherever that may be: torch.compile is asked, and its error says so.
     """
     look = find("torch._inductor.cpp_builder:get_cpp_compiler")
     try:
-        return look is None or bool(look())
+        return "c++" if look is None else look()
     except Exception:  # one of its own, which has another name elsewhere
-        return False
+        return None
 
 
 @contextlib.contextmanager

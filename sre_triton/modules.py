@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -44,7 +45,15 @@ class _Loss(torch.nn.Module):
 
     _DEFAULTS: dict[str, object]
     weight: Tensor | None
-    reg_weight: Tensor
+
+    if TYPE_CHECKING:  # a buffer, which may be set to a number
+
+        @property
+        def reg_weight(self) -> Tensor:
+            """λ."""
+
+        @reg_weight.setter
+        def reg_weight(self, value: float | Tensor) -> None: ...
 
     def _check(self, weight: object, **options: object) -> None:
         """Class weights and options, before they are kept."""

@@ -18,7 +18,7 @@ exception is a λ that lies on a CPU.
 import functools
 import sys
 from numbers import Real
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -33,6 +33,35 @@ from .sharding.shard import VocabShard
 REDUCTIONS = ("none", "mean", "sum")
 BACKENDS = (None, "triton", "compile", "eager")
 SIMPLE = {bool, float, int, str, type(None)}  # types whose equal values are alike
+
+
+class Keywords(TypedDict, total=False):
+    """The types of the keywords that both functions have, beside ``return_parts``, which decides what is returned."""
+
+    c: float
+    reg_weight: float | Tensor
+    class_mean: bool | None
+    ignore_index: int
+    reduction: str
+    denominator: float | Tensor | None
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    shard: VocabShard | None
+    backend: str | None
+
+
+class KeywordsOfLogits(Keywords, total=False):
+    """With those of :func:`sre_triton.self_regularized_entropy` alone."""
+
+    inplace: bool
+    recompute: bool | None
+
+
+class KeywordsOfLinear(Keywords, total=False):
+    """With those of :func:`sre_triton.linear_self_regularized_entropy` alone."""
+
+    chunk_rows: int | None
 
 
 class Options(NamedTuple):

@@ -163,7 +163,7 @@ def test_imagenet_resumes_in_the_middle_of_a_ramp(tmp_path, imagenet, monkeypatc
     options = ["--epochs", "4", "--reg-weight", "0.3", "--reg-warmup", "0.8"]
     run("whole", *options)
     interrupted_at = 2
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match=r"interrupted; go on with --resume .*parts.last\.pth"):
         run("parts", *options)
     interrupted_at = None
     assert 0 < float(log("parts")[-1]["reg_weight"]) < 0.3

@@ -57,7 +57,7 @@ def test_the_loss_is_right_without_a_private_name(name, server):
 
 # The names that PyTorch keeps private, as they are written in code.
 PRIVATE = re.compile(
-    r"torch\._|_dynamo_marked|forward_ad\._|\._stance|fx\._|fx\.experimental|distributed_c10d\._|_global_\w*hook|_pytree|"
+    r"torch\._(?!_)|_dynamo_marked|forward_ad\._|\._stance|fx\._|fx\.experimental|distributed_c10d\._|_global_\w*hook|_pytree|"
     r"_opoverload"
 )
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import sre_triton
-from sre_triton import functional, modules, schedule
+from sre_triton import backend, functional, modules, schedule
 
 ROOT = Path(__file__).parents[1]
 # Of processes that compile nothing: mnist.py does, and test_integrations.py runs a page that does.
@@ -62,6 +62,7 @@ ORDER = [
     "functional",
     "modules",
     "schedule",
+    "__main__",
 ]
 
 
@@ -77,6 +78,61 @@ def test_import_loads_nothing_heavy():
 def test_dependencies_are_torch_and_triton():
     needed = [line for line in metadata.requires("sre_triton") if "extra ==" not in line]
     assert sorted(re.match(r"\w+", line)[0] for line in needed) == ["torch", "triton"]
+
+
+def test_a_report_of_the_machine():
+    out = subprocess.check_output([sys.executable, "-m", "sre_triton"], text=True)
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert lines["sre_triton"].endswith(sre_triton.__version__)
+    assert torch.__version__ in lines["torch"]
+    assert re.search(r"\d+\.\d+", lines["compiler"])
+    assert lines["cpu:"].startswith("cpu: backend='")
+    assert f"backend={backend.choose(None, torch.zeros(1, 2), False)!r}" in lines["cpu:"]
+
+
+USE = """
+import torch
+from torch import Tensor
+
+import sre_triton
+from sre_triton import LinearSelfRegularizedEntropyLoss, Parts, VocabShard, self_regularized_entropy
+{readme}
+criterion.reg_weight = 0.5
+criterion.reg_weight = torch.tensor(0.5)
+number: float = criterion.reg_weight.item()
+target = torch.randint(1000, (32,))
+alone: Tensor = self_regularized_entropy(logits, target, class_mean=True, c=1e-6, inplace=False)
+total, parts = self_regularized_entropy(logits, target, return_parts=True)
+entropy: Tensor = parts.cross_entropy
+both: Parts = parts
+weight = torch.randn(1000, 64)
+fused: Tensor = sre_triton.linear_self_regularized_entropy(torch.randn(32, 64), weight, target, chunk_rows=16)
+_, linear_parts = sre_triton.linear_self_regularized_entropy(torch.randn(3, 64), weight, target, return_parts=True)
+module = LinearSelfRegularizedEntropyLoss(64, 1000, z_loss=1e-4)
+module.reg_weight = sre_triton.ramp(3, 10)
+
+
+def either(which: bool, shard: VocabShard | None = None) -> Tensor:
+    found = self_regularized_entropy(logits, target, return_parts=which, shard=shard)
+    return found if isinstance(found, Tensor) else found[0]
+"""
+
+
+def test_a_users_file_passes_a_strict_type_checker(tmp_path):
+    page = (ROOT / "README.md").read_text()
+    first = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    (tmp_path / "use.py").write_text(USE.format(readme=first))
+    (tmp_path / "wrong.py").write_text(
+        "import torch\nfrom sre_triton import self_regularized_entropy\n"
+        "x, y = torch.zeros(2, 3), torch.zeros(2)\n"
+        "self_regularized_entropy(x, y).cross_entropy\nself_regularized_entropy(x, y, lambda_=1)\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path / "cache"]
+    done = subprocess.run([*command, "use.py", "wrong.py"], cwd=tmp_path, capture_output=True, text=True)
+    said = [line.split(": error: ") for line in done.stdout.splitlines() if ": error: " in line]
+    assert {place for place, _ in said} == {"wrong.py:4", "wrong.py:5"}, done.stdout
+    assert "cross_entropy" in said[0][1]
+    assert "lambda_" in said[1][1]
 
 
 def test_exports():
@@ -175,7 +231,7 @@ def test_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, capsys, u
         assert float(row["quartile1_ms"]) <= float(row["median_ms"]) <= float(row["quartile3_ms"])
         assert row["dtype"] == "bfloat16"
         assert row["torch"] == torch.__version__
-    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "quick" / "roofline.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path / "quick" / "sweep_k.csv") in capsys.readouterr().out
 
 
@@ -219,7 +275,7 @@ def test_linear_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, un
     assert 1.5 * logits < float(table[plain]["peak_MB"]) < 3 * logits  # and their gradient
     assert float(table[fused]["peak_MB"]) < logits / 3
     assert float(table[plain]["times_plain_peak"]) == 1
-    assert (tmp_path / "linear.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "quick" / "linear.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_tensor_parallel_example(monkeypatch, capsys, uncompiled):
@@ -294,7 +350,7 @@ def test_shards_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, ra
             calls, nbytes = 0, 0  # they are
         assert (int(row["collectives"]), int(row["buffer_bytes"])) == (calls, nbytes)
         assert float(row["ring_bytes"]) == pytest.approx(in_a_ring, abs=1)
-    assert (tmp_path / "shards.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "quick" / "shards.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_profile_shows_the_loop_and_the_faults(monkeypatch, capsys):
@@ -304,9 +360,10 @@ def test_profile_shows_the_loop_and_the_faults(monkeypatch, capsys):
     finally:
         sys.path.pop(0)
     monkeypatch.setattr(sys, "argv", ["profile_cpu.py", "4", "16"])
-    profile_cpu.main()
+    with torch._inductor.config.patch({"cpp.enable_kernel_profile": False}):  # and as it was afterwards
+        profile_cpu.main()
     out = capsys.readouterr().out
-    assert "Call CompiledFxGraph" in out
+    assert "_cpp_fused_" in out
     assert "page faults a step" in out
     sources = map(Path, out.rsplit("compiled from", 1)[1].split())
     assert any("omp for" in source.read_text() for source in sources if source.exists())

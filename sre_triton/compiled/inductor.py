@@ -215,7 +215,7 @@ def _lasting(error: Exception) -> str | None:
 def _tried(function: Callable, args: tuple) -> tuple[Callable | None, str | None]:
     """The function compiled, and None; or None, and the warning that says why."""
     device = args[0].device.type
-    if device == "cpu" and not internals.has_cpp_compiler():
+    if device == "cpu" and internals.cpp_compiler() is None:
         _uncompiled.add(device)
         return None, NO_COMPILER.format("CXX, else g++ or clang++")
     try:
