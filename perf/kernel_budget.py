@@ -240,7 +240,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
         slots.plot(K, per_logit, color=color, marker="o", ms=4, label=dtype)
         budget = MULTIPROCESSORS[H100] * 4 * 32 * CLOCK / (COPY / (2 * getattr(torch, dtype).itemsize))
         slots.axhline(budget, color=color, ls="--", lw=1)
-        slots.text(1100, budget, f"{dtype}: a copy's time", color=color, fontsize=8, va="bottom")
+        slots.text(9, budget, f"{dtype}: a copy's time", color=color, fontsize=8, va="bottom")
         if lines[0]["bound"]:
             share.plot(K, [float(row["predicted_fraction_of_copy"]) for row in lines], color=color, marker="o", ms=4)
     slots.set_ylabel("instructions for each logit, forward + backward")
