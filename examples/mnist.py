@@ -8,7 +8,7 @@ for as long as training lasts; self-regularized entropy brings it to c = 1e-7 an
     pip install 'sre_triton[examples]'
     python examples/mnist.py
 
-prints the table and writes out/mnist.png, in some four minutes on a CPU. Nothing is downloaded.
+prints the table and writes out/mnist.png, in some six minutes on a CPU. Nothing is downloaded.
 """
 
 import argparse

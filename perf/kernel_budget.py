@@ -239,8 +239,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
         per_logit = [float(row["instructions_per_lane"]) * float(row["lanes_per_logit"]) for row in lines]
         slots.plot(K, per_logit, color=color, marker="o", ms=4, label=dtype)
         budget = MULTIPROCESSORS[H100] * 4 * 32 * CLOCK / (COPY / (2 * getattr(torch, dtype).itemsize))
-        slots.axhline(budget, color=color, ls="--", lw=1)
-        slots.text(9, budget, f"{dtype}: a copy's time", color=color, fontsize=8, va="bottom")
+        slots.axhline(budget, color=color, ls="--", lw=1, label=f"what a copy's time leaves, {dtype}")
         if lines[0]["bound"]:
             share.plot(K, [float(row["predicted_fraction_of_copy"]) for row in lines], color=color, marker="o", ms=4)
     slots.set_ylabel("instructions for each logit, forward + backward")
