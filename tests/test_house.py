@@ -66,6 +66,11 @@ def test_signatures_have_the_same_names_order_and_defaults(public):
     assert definition == [name for name in NAMES if name in definition]
 
 
+def test_the_types_of_the_keywords_are_those_of_the_options():
+    of_both = options.KeywordsOfLogits.__annotations__ | options.KeywordsOfLinear.__annotations__
+    assert of_both | {"return_parts": bool} == options.Options.__annotations__
+
+
 def test_the_options_reach_the_call_in_their_places(monkeypatch):
     made = []
     monkeypatch.setattr(functional, "result_of", lambda arguments, compute: made.append(arguments))
