@@ -72,17 +72,22 @@ class SinglePass(torch.autograd.Function):
         if torch.compiler.is_compiling():
             (gradient,) = ctx.saved_tensors
             return (gradient * grad_loss.unsqueeze(-1)).to(gradient.dtype), *no_more
-        if grad_gradient is not None:
-            raise RuntimeError(DOUBLE_BACKWARD)
-        if ctx.handed_over:
-            raise RuntimeError(SECOND_BACKWARD)
-        if grad_loss is None:
-            return None, *no_more
-        (gradient,) = ctx.saved_tensors
-        if is_functional(grad_loss):
-            return (gradient * grad_loss.unsqueeze(-1)).to(gradient.dtype), *no_more
-        ctx.handed_over = True
-        return primitives(ctx.backend).scale_gradient_(gradient.detach(), grad_loss), *no_more
+        return _hand_over(ctx, grad_loss, grad_gradient), *no_more
+
+
+def _hand_over(ctx, grad_loss: Tensor | None, grad_gradient: Tensor | None) -> Tensor | None:
+    """The gradient that a single pass has stored, times the upstream one."""
+    if grad_gradient is not None:
+        raise RuntimeError(DOUBLE_BACKWARD)
+    if ctx.handed_over:
+        raise RuntimeError(SECOND_BACKWARD)
+    if grad_loss is None:
+        return None
+    (gradient,) = ctx.saved_tensors
+    if is_functional(grad_loss):
+        return (gradient * grad_loss.unsqueeze(-1)).to(gradient.dtype)
+    ctx.handed_over = True
+    return primitives(ctx.backend).scale_gradient_(gradient.detach(), grad_loss)
 
 
 class Recompute(torch.autograd.Function):
@@ -150,6 +155,34 @@ def _no_forward_ad(ctx, *tangents) -> None:
     raise NotImplementedError(FORWARD_AD)
 
 
+class _Ordinary(torch.autograd.Function):
+    """SinglePass for an ordinary call (arguments.Plan), with as few objects and calls as there can be."""
+
+    @staticmethod
+    def forward(ctx, rows, arguments, call):
+        """(the loss, (4, N) losses of the rows if the parts are wanted, the gradient)."""
+        backend, reduction, factor, *_ = call
+        return_parts = arguments.options.return_parts
+        loss, losses, gradient = arguments.plan.single_pass(
+            rows, arguments.target, factor, arguments.none_ignored, return_parts
+        )
+        ctx.backend, ctx.handed_over = backend, False
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gradient)
+        loss = reduced(loss, factor, reduction, backend)
+        if not return_parts:
+            return loss, None, gradient
+        ctx.mark_non_differentiable(losses)
+        return loss, losses, gradient
+
+    @staticmethod
+    def backward(ctx, grad_loss, _, grad_gradient):
+        """As of SinglePass."""
+        return _hand_over(ctx, grad_loss, grad_gradient), None, None
+
+    jvp = staticmethod(_no_forward_ad)
+
+
 @functools.cache
 def _watched(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """The same for transforms, of which those in forward mode are told no; torch.compile takes no jvp."""
@@ -205,21 +238,22 @@ def loss_of_logits(arguments: Arguments, call: Call) -> tuple[Tensor, Tensor, Te
     if backend == "eager":
         loss, losses = eager.losses_of_rows(rows, target, weight, arguments.none_ignored, options)
         return reduced(loss, factor, reduction, backend), losses, factor
+    (wants_gradient,), recompute = arguments.wanted, arguments.options.recompute
+    if recompute is None:
+        recompute = rows.dtype == torch.float16 or reduction == "none"
+    if arguments.plan is not None and wants_gradient and not recompute and not arguments.options.inplace:
+        loss, losses, _ = _Ordinary.apply(rows, arguments, call)
+        return loss, losses, factor
     known = None, None
     if shard is not None:
         losses, stats = known = sharded_row_loss(rows, target, weight, factor, backend, shard.name, options)
         if call.divide:
             counted = (target != options.ignore_index) & (target >= 0) & (target < arguments.num_classes)
             factor = factor / torch.where(counted, stats[4], 0).sum()
-    (wants_gradient,), recompute = arguments.wanted, arguments.options.recompute
     if wants_gradient or is_transformed():
         watched = is_watched()
         inplace = arguments.options.inplace and wants_gradient and not watched and _own_rows(rows)
-        if not wants_gradient:
-            recompute = True
-        elif recompute is None:
-            recompute = rows.dtype == torch.float16 or reduction == "none"
-        function = Recompute if recompute else SinglePass
+        function = Recompute if recompute or not wants_gradient else SinglePass
         given = rows, target, weight, factor, *known, backend, reduction, inplace, options
         loss, losses, _ = apply(function, watched, *given)
         return loss, losses, factor

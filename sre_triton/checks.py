@@ -258,13 +258,13 @@ def check_features(input: object, linear_weight: Tensor) -> None:
         raise wrong(ValueError, "input", expected, input)
 
 
-def check_range(target: Tensor, num_classes: int, ignore_index: int) -> bool:
+def check_range(target: Tensor, num_classes: int, ignore_index: int, watched: bool | None = None) -> bool:
     """Class indices on a CPU; on a GPU looking would stall it, and while tracing there is nothing to look at.
 
     Returns:
         True where it has seen that no row is ignored.
     """
-    if target.device.type != "cpu" or is_watched() or target.numel() == 0:
+    if not target.is_cpu or (is_watched() if watched is None else watched) or target.numel() == 0:
         return False
     low, high = torch.aminmax(target)
     if low.item() >= 0 and high.item() < num_classes:  # on a CPU

@@ -1,10 +1,11 @@
 """The public functions: their signatures, and where each goes."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
-from .arguments import of_linear, of_logits
+from .arguments import Arguments, of_linear, of_logits, of_ordinary_logits
 from .autograd import loss_of_logits
 from .internals import hidden_from_modes
 from .linear import loss_of_linear
@@ -44,7 +45,6 @@ def self_regularized_entropy(
     return_parts: bool,
     **options: "Unpack[KeywordsOfLogits]",
 ) -> Tensor | tuple[Tensor, Parts]: ...
-@hidden_from_modes
 def self_regularized_entropy(
     input: Tensor,  # (K,), (N, K) or (N, K, d1, ...)
     target: Tensor,  # class indices (), (N,) or (N, d1, ...), or probabilities shaped as input
@@ -150,7 +150,11 @@ def self_regularized_entropy(
         c, reg_weight, class_mean, ignore_index, reduction, denominator, label_smoothing, z_loss, softcap,
         return_parts, shard, backend, inplace, recompute,
     )  # fmt: skip
-    return result_of(of_logits(input, target, weight, options), loss_of_logits)
+    if weight is None:
+        ordinary = of_ordinary_logits(input, target, options)
+        if ordinary is not None:
+            return result_of(ordinary, loss_of_logits)
+    return _loss(of_logits, loss_of_logits, options, input, target, weight)
 
 
 @overload
@@ -186,7 +190,6 @@ def linear_self_regularized_entropy(
     return_parts: bool,
     **options: "Unpack[KeywordsOfLinear]",
 ) -> Tensor | tuple[Tensor, Parts]: ...
-@hidden_from_modes
 def linear_self_regularized_entropy(
     input: Tensor,  # (..., D)
     linear_weight: Tensor,  # (K, D)
@@ -283,4 +286,20 @@ def linear_self_regularized_entropy(
         c, reg_weight, class_mean, ignore_index, reduction, denominator, label_smoothing, z_loss, softcap,
         return_parts, shard, backend, chunk_rows=chunk_rows,
     )  # fmt: skip
-    return result_of(of_linear(input, linear_weight, linear_bias, target, weight, options), loss_of_linear)
+    return _loss(of_linear, loss_of_linear, options, input, linear_weight, linear_bias, target, weight)
+
+
+def _loss(
+    of_tensors: Callable[..., Arguments], compute: Callable, options: Options, *tensors: Tensor | None
+) -> Tensor | tuple[Tensor, Parts]:
+    """What any call returns."""
+    hidden = _seen if options.backend == "eager" else _hidden
+    return hidden(of_tensors, compute, options, *tensors)
+
+
+def _seen(of_tensors, compute, options, *tensors) -> Tensor | tuple[Tensor, Parts]:
+    """The same, which modes see."""
+    return result_of(of_tensors(*tensors, options), compute)
+
+
+_hidden = hidden_from_modes(_seen)

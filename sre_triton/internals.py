@@ -133,9 +133,15 @@ def is_batched(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and _is_legacy_batched(tensor)
 
 
+_is_tracing = find("torch._C:_is_tracing") or torch.jit.is_tracing
+
+
 def is_jit_tracing() -> bool:
-    """Whether ``torch.jit.trace`` records what is computed. This one is public."""
-    return torch.jit.is_tracing()
+    """Whether ``torch.jit.trace`` records what is computed.
+
+    Private: ``torch._C._is_tracing``. It stands for ``torch.jit.is_tracing``, which is called, 1 us, if it is gone.
+    """
+    return _is_tracing()
 
 
 _num_function_modes = find("torch._C:_len_torch_function_stack")
@@ -144,8 +150,13 @@ _push_function_mode = find("torch._C:_push_on_torch_function_stack")
 _no_function_modes = find("torch._C:DisableTorchFunction") or contextlib.nullcontext
 
 
+def is_seen_by_modes() -> bool:
+    """Whether a ``TorchFunctionMode`` may see what is computed. Private names as of :func:`hidden_from_modes`."""
+    return _num_function_modes is None or _num_function_modes() > 0
+
+
 def hidden_from_modes(function: Function) -> Function:
-    """The function, of which a ``TorchFunctionMode`` sees nothing unless it is called with ``backend="eager"``.
+    """The function, of which a ``TorchFunctionMode`` sees nothing.
 
     What is compiled cannot show itself to modes, and kernels have nothing to show. So that the same call has the same
     result everywhere, the operations around them are not shown either. (A backward shows itself to no mode: PyTorch
@@ -159,16 +170,16 @@ def hidden_from_modes(function: Function) -> Function:
         return function
 
     @functools.wraps(function)
-    def call(*args, **keywords):
+    def call(*args):
         """Set all modes aside for the length of the call."""
-        if not _num_function_modes() or keywords.get("backend") == "eager":
-            return function(*args, **keywords)
+        if not _num_function_modes():
+            return function(*args)
         if torch.compiler.is_compiling():
             with _no_function_modes():
-                return function(*args, **keywords)
+                return function(*args)
         modes = [_pop_function_mode() for _ in range(_num_function_modes())]
         try:
-            return function(*args, **keywords)
+            return function(*args)
         finally:
             for mode in reversed(modes):
                 _push_function_mode(mode)

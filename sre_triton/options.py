@@ -95,7 +95,9 @@ class Options(NamedTuple):
         An option that is not in use is None, so that a kernel has no instruction for it. While compiling numbers become
         tensors, as the graph would hold for one value otherwise; one that may be 0 or not is in use.
         """
-        of_classes = () if self.shard is None else (self.shard.start, self.shard.num_classes)
+        of_classes = (0, None) if self.shard is None else (self.shard.start, self.shard.num_classes)
+        # Who compiles a model waits anyway.
+        now = self.backend == "compile" or (backend == "compile" and torch.compiler.is_compiling())
         reg_weight = value_on_cpu(self.reg_weight)
         may_be_none = self.label_smoothing, self.z_loss, self.softcap
         number, device = float, "cpu"
@@ -105,7 +107,8 @@ class Options(NamedTuple):
             device = rows.device if backend == "triton" else "cpu"
             number = torch.ones((), dtype=torch.float64, device=device).mul
         elif not isinstance(reg_weight, Tensor):
-            return _of_rows(self.c, reg_weight, self.per_class(num_classes), self.ignore_index, may_be_none, of_classes)
+            per_class = self.per_class(num_classes)
+            return _of_rows(self.c, reg_weight, per_class, self.ignore_index, may_be_none, of_classes, now)
         if isinstance(reg_weight, Tensor):
             device = device if reg_weight.device.type == "cpu" else rows.device
             reg_weight = reg_weight.detach().to(device, compute_dtype(rows.dtype))
@@ -113,14 +116,14 @@ class Options(NamedTuple):
             reg_weight = number(reg_weight)
         c, reg_weight = number(self.c), reg_weight * self.per_class(num_classes)
         others = [None if x is None or not may_hold(x != 0) else number(x) for x in may_be_none]
-        return RowOptions(c, reg_weight, int(self.ignore_index), *others, *of_classes)
+        return RowOptions(c, reg_weight, int(self.ignore_index), *others, *of_classes, now)
 
 
 @functools.lru_cache(maxsize=64)
-def _of_rows(c, reg_weight, per_class, ignore_index, may_be_none, of_classes) -> RowOptions:
+def _of_rows(c, reg_weight, per_class, ignore_index, may_be_none, of_classes, now) -> RowOptions:
     """:meth:`Options.of_rows` of numbers in eager code: the same object for the same numbers."""
     others = [None if x is None or x == 0 else float(x) for x in may_be_none]
-    return RowOptions(float(c), float(reg_weight) * per_class, int(ignore_index), *others, *of_classes)
+    return RowOptions(float(c), float(reg_weight) * per_class, int(ignore_index), *others, *of_classes, now)
 
 
 def _is_number(value: object) -> bool:

@@ -60,12 +60,14 @@ class RowOptions(NamedTuple):
     # then another shard's.
     first_class: int = 0
     all_classes: int | None = None
+    compile_now: bool = False  # do not wait until it pays to compile (compiled/inductor.py)
 
 
 # The same, as the registered ops take it: one argument for each.
 OPTIONS = (
     "Tensor c, Tensor reg_weight, SymInt ignore_index, Tensor? label_smoothing, Tensor? z_loss, Tensor? softcap, "
-    "int first_class=0, SymInt? all_classes=None"
+    "int first_class=0, SymInt? all_classes=None, "
+    "bool compile_now=False"
 )
 NUM_OPTIONS = len(RowOptions._fields)
 
@@ -307,7 +309,7 @@ def primitive(backend: str) -> Callable[[Callable], Callable]:
                 tensors[-1] = tensors[-1].expand(logits.shape[0])
             return op(logits, *tensors, *as_tensors(options))
 
-        call.op = op
+        call.op, call.function = op, function
         return call
 
     return register

@@ -1,5 +1,6 @@
 """From the losses of rows to the result of a call: what they are multiplied by, their reduction, the parts."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -56,7 +57,21 @@ def _factor_of(arguments: Arguments, reduction: str, divide: bool, backend: str)
         return denominator.detach().to(rows.device, dtype).reciprocal()
     if torch.compiler.is_compiling():  # which would compile the number in
         return torch.ones((), dtype=dtype, device=rows.device) / denominator
-    return torch.full((), 1 / denominator if denominator else math.inf, dtype=dtype, device=rows.device)
+    if arguments.plan is not None and rows.is_cpu:
+        return _kept_inverse(denominator, dtype)
+    return _inverse(denominator, dtype, rows.device)
+
+
+def _inverse(denominator: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1 / denominator as a tensor, ()."""
+    return torch.full((), 1 / denominator if denominator else math.inf, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_inverse(denominator: float, dtype: torch.dtype) -> Tensor:
+    """The same on the CPU, where nothing writes over it: for ordinary calls."""
+    with torch.inference_mode(False):
+        return _inverse(denominator, dtype, torch.device("cpu"))
 
 
 def _share_of(arguments: Arguments) -> tuple[str, float]:
@@ -78,6 +93,18 @@ def _parts_of(losses: Tensor, call: Call, per_class: float, shape: torch.Size) -
     return Parts(cross_entropy, regularizer * per_class, z_penalty)
 
 
+def _call_of(arguments: Arguments) -> Call:
+    """What is to be computed for any arguments."""
+    options = arguments.options
+    backend = backend_of(options.backend, arguments.rows, arguments.target, arguments.weight, options.shard)
+    reduction, share = _share_of(arguments)
+    divide = reduction == "mean" and arguments.weights_are_shared_out
+    factor = _factor_of(arguments, reduction, divide, backend)
+    if share != 1:
+        factor = factor * share
+    return Call(backend, reduction, factor, divide, options.of_rows(arguments.num_classes, backend, arguments.rows))
+
+
 def result_of(
     arguments: Arguments, compute: Callable[[Arguments, Call], tuple[Tensor, Tensor, Tensor]]
 ) -> Tensor | tuple[Tensor, Parts]:
@@ -87,15 +114,13 @@ def result_of(
         arguments: of the call.
         compute: returns the reduced loss, the losses of the rows (4, N), and the factor, if it was divided since.
     """
-    options, layout = arguments.options, arguments.layout
-    backend = backend_of(options.backend, arguments.rows, arguments.target, arguments.weight, options.shard)
-    reduction, share = _share_of(arguments)
-    divide = reduction == "mean" and arguments.weights_are_shared_out
-    factor = _factor_of(arguments, reduction, divide, backend)
-    if share != 1:
-        factor = factor * share
-    row_options = options.of_rows(arguments.num_classes, backend, arguments.rows)
-    call = Call(backend, reduction, factor, divide, row_options)
+    options, layout, plan = arguments.options, arguments.layout, arguments.plan
+    if plan is None:
+        call = _call_of(arguments)
+    else:
+        factor = _factor_of(arguments, options.reduction, False, plan.backend)
+        call = Call(plan.backend, options.reduction, factor, False, plan.options)
+    reduction = call.reduction
     loss, losses, factor = compute(arguments, call)
     if reduction == "none" and loss.shape != arguments.shape:  # FSDP2 warns of views
         loss = loss.reshape(arguments.shape)

@@ -13,8 +13,6 @@ all the same:
 is packed is returned from the pass, for this reason: Inductor stores what is returned, and computes anything else anew
 for every vector of classes that needs it. ``unpack`` takes the values out again, as a sum over the columns: a reduction
 gives Inductor one number a row, and no loop over rows.
-
-Uncompiled, a value of a row is (n, 1), which behaves the same.
 """
 
 import torch
@@ -25,14 +23,12 @@ SHORT = 1024  # classes: 64 additions in each lane of that vector, and errors of
 
 
 def wide(value: Tensor) -> Tensor:
-    """A value of each row, (n, 1) -> (n, WIDTH); uncompiled as it is."""
-    return value.expand(-1, WIDTH) if torch.compiler.is_compiling() else value
+    """A value of each row, (n, 1) -> (n, WIDTH)."""
+    return value.expand(-1, WIDTH)
 
 
 def pack(*values: Tensor) -> Tensor:
-    """Values of each row beside each other, (n, WIDTH), the first in column 0; uncompiled (n, how many there are)."""
-    if not torch.compiler.is_compiling():
-        return torch.cat(values, 1)
+    """Values of each row beside each other, (n, WIDTH), the first in column 0."""
     column = torch.arange(WIDTH, dtype=values[0].dtype, device=values[0].device)
     packed = values[0]
     for i, value in enumerate(values[1:], 1):
@@ -42,8 +38,6 @@ def pack(*values: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
     """Some values of `pack`, from column `first` on, each (n, 1). A sum of one number and zeros is exact."""
-    if not torch.compiler.is_compiling():
-        return packed[:, first : first + count].split(1, 1)
     column = torch.arange(WIDTH, dtype=packed.dtype, device=packed.device)
     return tuple(torch.where(column == first + i, packed, 0).sum(1, keepdim=True) for i in range(count))
 

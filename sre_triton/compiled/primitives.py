@@ -1,20 +1,23 @@
 """The primitives through ``torch.compile``: for machines without Triton, and for float64.
 
 Each is a pass over the rows, compiled to one loop (columns.py says how). A row comes from memory once, lies in the
-cache whenever it is walked over again, and its gradient goes to memory once. Where nothing can be compiled (inductor.py
-says where) the same functions run as they are, on blocks of rows.
+cache whenever it is walked over again, and its gradient goes to memory once. Where it does not pay to compile, or
+nothing can be compiled (inductor.py says where), uncompiled.py does the same.
 """
 
 import functools
 import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..primitives import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, RowOptions, new_gradient, primitive
 from ..reference import compute_dtype
-from .inductor import compiled_pass
+from . import uncompiled
+from .columns import SHORT
+from .inductor import FEWEST, compiled_pass, key_of, kind_of, stays_uncompiled, version_of
 from .passes import Scalars, gradient_pass, local_class, loss_and_gradient_pass, loss_pass, lse_pass, sums_pass
 
 # Bytes in one block of rows, in the dtype of the arithmetic, where there are blocks.
@@ -47,56 +50,88 @@ def _made(dtype: torch.dtype, options: RowOptions) -> Scalars:
     return Scalars(*made, _tensor_of(options.first_class, torch.int64), _tensor_of(options.all_classes, torch.int64))
 
 
-_made_of_numbers = functools.lru_cache(maxsize=64)(_made)
+def _all_of(dtype: torch.dtype, options: RowOptions) -> tuple[Scalars, tuple[bool, ...], uncompiled.Numbers]:
+    """The options as the passes take them, their kind, and what uncompiled.py needs beside."""
+    scalars = _made(dtype, options)
+    return scalars, kind_of(scalars), uncompiled.numbers_of(scalars, dtype)
 
 
-def scalars_of(dtype: torch.dtype, options: RowOptions) -> Scalars:
-    """The options as the passes take them."""
+@functools.lru_cache(maxsize=64)
+def _of_numbers(dtype: torch.dtype, options: RowOptions) -> tuple[Scalars, tuple[bool, ...], uncompiled.Numbers]:
+    """The same, kept for options that are numbers."""
+    with torch.inference_mode(False):
+        return _all_of(dtype, options)
+
+
+def scalars_of(dtype: torch.dtype, options: RowOptions) -> tuple[Scalars, tuple[bool, ...], uncompiled.Numbers]:
+    """The options as the passes take them, their kind, and what uncompiled.py needs beside."""
     if isinstance(options.c, Tensor) or isinstance(options.reg_weight, Tensor):
-        return _made(dtype, options)
-    return _made_of_numbers(dtype, options)  # then the others are none either
+        return _all_of(dtype, options)
+    return _of_numbers(dtype, options)  # then the others are none either
+
+
+class Pass(NamedTuple):
+    """A pass, compiled and uncompiled, and how many values it has of each row."""
+
+    compiled: Callable
+    uncompiled: uncompiled.Pass
+    count: int
+
+
+LSE = Pass(lse_pass, uncompiled.lse, NUM_LSE)
+SUMS = Pass(sums_pass, uncompiled.sums, NUM_SUMS)
+LOSS = Pass(loss_pass, uncompiled.loss, NUM_LOSSES + NUM_STATS)
+GRADIENT = Pass(gradient_pass, uncompiled.gradient, 0)
+LOSS_AND_GRADIENT = Pass(loss_and_gradient_pass, uncompiled.loss_and_gradient, NUM_LOSSES)
 
 
 def _run(
-    function: Callable, logits: Tensor, target, weight, stats, scale, options, count: int, out: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """A pass over all rows: the first ``count`` values of each, (count, N), and the gradient, in ``out`` if given."""
-    logits = logits.detach()
+    which: Pass, logits: Tensor, target, weight, stats, scale, options: RowOptions, out: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """A pass over all rows: the values of each, (count, N), and the gradient, in ``out`` if given."""
+    if torch.is_grad_enabled():
+        logits = logits.detach()
     dtype = compute_dtype(logits.dtype)
     if logits.shape[1] == 0:  # a shard without classes
-        return logits.new_zeros(count, logits.shape[0], dtype=dtype), new_gradient(logits)
+        return logits.new_zeros(which.count, logits.shape[0], dtype=dtype), new_gradient(logits)
     if target.dim() == 2:
         target = target.to(dtype)
     target = target.contiguous()
     weight = None if weight is None else weight.to(dtype).contiguous()
     stats = None if stats is None else stats.contiguous()
     scale = None if scale is None else scale.contiguous()
-    scalars = scalars_of(dtype, options)
-    compiled = None
+    scalars, kind, numbers = scalars_of(dtype, options)
+    how = kind, logits.numel(), options.compile_now
+    packed, complete = None, ()
     if logits.is_contiguous() and scalars.softcap is None:
         args = logits, target, weight, None if stats is None else stats.unbind(), scale, out, scalars
-        compiled = compiled_pass(function, args)
-    if compiled is not None:
-        packed, *others = compiled(args)
-        gradient = others[0] if out is None and scale is not None else out
+        compiled = compiled_pass(which.compiled, args, *how)
+        if compiled is not None:
+            packed, *complete = compiled(args)
     else:
         if scale is not None and out is None:
             out = new_gradient(logits)
-        packed, gradient = _blocks(function, logits, target, weight, stats, scale, out, scalars), out
-    if out is not None and target.dim() == 1 and out.numel() > 0:
+        packed = _blocks(which.compiled, how, logits, target, weight, stats, scale, out, scalars)
+    if packed is None:
+        return uncompiled.run(which.uncompiled, logits, target, weight, stats, scale, out, scalars, numbers)
+    found = packed.t()[: which.count]
+    if out is None:
+        return found, None if scale is None else complete[0]
+    if target.dim() == 1 and out.numel() > 0:
         # Where the target is none of the classes, the row is NaN or 0 anyway; where it is another shard's, what is
         # written is the gradient of class 0.
         index = target.clamp(0, out.shape[1] - 1)
         if scalars.all_classes is not None:
             index, _ = local_class(target, out.shape[1], scalars.first_class)
-        out.index_put_((torch.arange(out.shape[0], device=out.device), index), packed[:, count].to(out.dtype))
-    if out is not None:  # compiled code writes behind autograd's back
-        torch.autograd.graph.increment_version(out)
-    return packed.t()[:count], gradient
+        at_target = packed[:, which.count].to(out.dtype)
+        out.index_put_((torch.arange(out.shape[0], device=out.device), index), at_target)
+    torch.autograd.graph.increment_version(out)  # compiled code writes behind autograd's back
+    return found, out
 
 
 def _blocks(
     function: Callable,
+    how: tuple,
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -104,12 +139,12 @@ def _blocks(
     scale: Tensor | None,
     out: Tensor | None,
     scalars: Scalars,
-) -> Tensor:
-    """The same, a block of rows at a time: the values of all rows, packed as the pass returns them (columns.py).
+) -> Tensor | None:
+    """The same, compiled, a block of rows at a time: the values of all rows, packed as the pass returns them.
 
-    Rows that do not lie one after another are copied into z, and so is everything that leaves matrices as large as the
-    logits in between, which so stay in the cache: softcap, and what is not compiled. The gradient may be written over
-    z: each element of it is the last that is computed from its logit.
+    Rows that do not lie one after another are copied into z, and so are those with a softcap, which leaves matrices as
+    large as the logits in between, that so stay in the cache. The gradient may be written over z: each element of it is
+    the last that is computed from its logit. None where nothing is compiled.
     """
     num_rows, num_classes = logits.shape
     dtype = compute_dtype(logits.dtype)
@@ -117,18 +152,20 @@ def _blocks(
     num_blocks = max(1, min(num_rows * num_classes * dtype.itemsize // BLOCK_BYTES, num_rows // 2))
     bounds = [num_rows * i // num_blocks for i in range(num_blocks + 1)]
     scratch = logits.new_empty(-(-num_rows // num_blocks), num_classes, dtype=dtype)
-    packed = []
+    packed, compiled = [], None
     for start, stop in itertools.pairwise(bounds):
         rows, z = slice(start, stop), scratch[: stop - start]
-        z.copy_(logits[rows])
         into = z if out is None or not out.is_contiguous() else out[rows]
         of_rows = (
             None if stats is None else stats[:, rows].unbind(),
             scale if scale is None or scale.dim() == 0 else scale[rows],
         )
         args = z, target[rows], weight, *of_rows, into, scalars
-        compiled = compiled_pass(function, args)
-        packed.append((function(*args) if compiled is None else compiled(args))[0])
+        compiled = compiled or compiled_pass(function, args, *how)
+        if compiled is None:
+            return None
+        z.copy_(logits[rows])
+        packed.append(compiled(args)[0])
         if out is not None and into is z:
             out[rows] = z
     return torch.cat(packed)
@@ -141,19 +178,19 @@ def _blocks(
 @primitive("compile")
 def row_lse(logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions) -> Tensor:
     """m, exp_sum, y_sum, yz_sum, omega of each row: (5, N)."""
-    return _run(lse_pass, logits, target, weight, None, None, options, NUM_LSE)[0]
+    return _run(LSE, logits, target, weight, None, None, options)[0]
 
 
 @primitive("compile")
 def row_sums(logits: Tensor, target: Tensor, stats: Tensor, options: RowOptions) -> Tensor:
     """h_sum and u_sum of each row, (2, N), from the (5, N) of row_lse."""
-    return _run(sums_pass, logits, target, None, stats, None, options, NUM_SUMS)[0]
+    return _run(SUMS, logits, target, None, stats, None, options)[0]
 
 
 @primitive("compile")
 def row_loss(logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions) -> tuple[Tensor, Tensor]:
     """The losses of each row, (4, N), and its statistics, (7, N), from which row_gradient goes on."""
-    found, _ = _run(loss_pass, logits, target, weight, None, None, options, NUM_LOSSES + NUM_STATS)
+    found, _ = _run(LOSS, logits, target, weight, None, None, options)
     return found[:NUM_LOSSES], found[NUM_LOSSES:].clone()
 
 
@@ -162,7 +199,7 @@ def row_gradient(
     logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, scale: Tensor, options: RowOptions
 ) -> Tensor:
     """The gradient of scale * loss, (N, K) in the dtype of the logits."""
-    return _run(gradient_pass, logits, target, weight, stats, scale, options, 0)[1]
+    return _run(GRADIENT, logits, target, weight, stats, scale, options)[1]
 
 
 @primitive("compile")
@@ -170,23 +207,57 @@ def row_loss_and_gradient(
     logits: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, options: RowOptions
 ) -> tuple[Tensor, Tensor]:
     """The losses of each row, (4, N), and the gradient of scale * loss, (N, K), from one read of the logits."""
-    return _run(loss_and_gradient_pass, logits, target, weight, None, scale, options, NUM_LOSSES)
+    return _run(LOSS_AND_GRADIENT, logits, target, weight, None, scale, options)
+
+
+def single_pass(dtype: torch.dtype, device: torch.device, num_classes: int, options: RowOptions) -> Callable:
+    """:func:`row_loss_and_gradient` for ordinary calls (arguments.Plan): of rows, class indices and one factor.
+
+    What is known before the tensors are is done before.
+    """
+    scalars, kind, numbers = scalars_of(compute_dtype(dtype), options)
+    key = key_of(loss_and_gradient_pass, num_classes, kind, dtype, device, 1, True, 0, None)
+    is_compiled = scalars.softcap is None and num_classes >= FEWEST
+    extras = scalars.label_smoothing, scalars.z_loss, scalars.softcap
+    is_simple, exact = num_classes <= SHORT and extras == (None,) * 3, compute_dtype(dtype)
+
+    def compute(
+        rows: Tensor, target: Tensor, factor: Tensor, all_count: bool, return_parts: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The loss of each row, (N,), its losses, (4, N), if the parts are wanted, and the gradient.
+
+        ``all_count`` says that all targets were seen to be classes, and none to be ignored.
+        """
+        if is_compiled and rows.shape[0] > 1 and rows.is_contiguous():
+            compiled = version_of(key)
+            if compiled is not None:
+                packed, gradient, *_ = compiled((rows, target.contiguous(), None, None, factor, None, scalars))
+                return packed.select(1, 0), packed.t()[:NUM_LOSSES] if return_parts else None, gradient
+        num_logits = rows.numel()
+        fits = is_simple and all_count and 0 < num_logits <= uncompiled.BLOCK
+        if fits and stays_uncompiled(key, device, num_logits, options.compile_now):
+            loss, losses, gradient = uncompiled.ordinary(rows.to(exact), target, factor, return_parts, numbers)
+            return loss, losses, gradient.to(dtype)
+        losses, gradient = row_loss_and_gradient.function(rows, target, None, factor, options)
+        return losses[0], losses, gradient
+
+    return compute
 
 
 def row_gradient_(logits, target, weight, stats, scale, options: RowOptions) -> Tensor:
     """:func:`row_gradient` written over the logits, in eager code only."""
     logits = logits.detach()
-    return _run(gradient_pass, logits, target, weight, stats, scale, options, 0, logits)[1]
+    return _run(GRADIENT, logits, target, weight, stats, scale, options, logits)[1]
 
 
 def row_loss_and_gradient_(logits, target, weight, scale, options: RowOptions) -> tuple[Tensor, Tensor]:
     """:func:`row_loss_and_gradient` with the gradient written over the logits, in eager code only."""
     logits = logits.detach()
-    return _run(loss_and_gradient_pass, logits, target, weight, None, scale, options, NUM_LOSSES, logits)
+    return _run(LOSS_AND_GRADIENT, logits, target, weight, None, scale, options, logits)
 
 
 def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
     """Multiply the stored gradient (N, K) by the upstream one, () or (N,), in place; by 1 costs nothing on a CPU."""
-    if factor.dim() == 0 and factor.device.type == "cpu" and factor.item() == 1:
+    if factor.dim() == 0 and factor.is_cpu and factor.item() == 1:
         return gradient
     return gradient.mul_(factor.unsqueeze(-1))

@@ -1,6 +1,7 @@
 """The primitives on a GPU, each the launch of a kernel, and the small kernels of a step."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -74,6 +75,19 @@ def row_loss_and_gradient(
     """The losses of each row, (4, N), and the gradient of scale * loss, (N, K), from one read of the logits."""
     gradient = new_gradient(logits)
     return _launch_row_loss(logits, target, weight, options, scale=scale, gradient=gradient), gradient
+
+
+def single_pass(dtype: torch.dtype, device: torch.device, num_classes: int, options: RowOptions) -> Callable:
+    """:func:`row_loss_and_gradient` for ordinary calls (arguments.Plan): of rows, class indices and one factor."""
+
+    def compute(
+        rows: Tensor, target: Tensor, factor: Tensor, all_count: bool, return_parts: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of each row, (N,), its losses, (4, N), and the gradient."""
+        losses, gradient = row_loss_and_gradient.function(rows, target, None, factor, options)
+        return losses[0], losses, gradient
+
+    return compute
 
 
 def _launch_row_gradient(gradient, logits, target, weight, stats, scale, options) -> None:
