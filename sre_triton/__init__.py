@@ -40,6 +40,7 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
         columns.py      how passes are written, so that each becomes one loop
         inductor.py     where torch.compile is asked, once for every set of options; Inductor itself through
                         `compile_and_catch` of internals.py
+        uncompiled.py   the same in few operations, in place: for small problems, and where nothing can be compiled
         primitives.py   the five, as passes
     sharding/           classes over several ranks
         shard.py        which classes a rank has;  dtensor.py: the same, told by a DTensor

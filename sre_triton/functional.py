@@ -293,8 +293,8 @@ def _loss(
     of_tensors: Callable[..., Arguments], compute: Callable, options: Options, *tensors: Tensor | None
 ) -> Tensor | tuple[Tensor, Parts]:
     """What any call returns."""
-    hidden = _seen if options.backend == "eager" else _hidden
-    return hidden(of_tensors, compute, options, *tensors)
+    is_eager = isinstance(options.backend, str) and options.backend == "eager"
+    return (_seen if is_eager else _hidden)(of_tensors, compute, options, *tensors)
 
 
 def _seen(of_tensors, compute, options, *tensors) -> Tensor | tuple[Tensor, Parts]:

@@ -133,15 +133,9 @@ def is_batched(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and _is_legacy_batched(tensor)
 
 
-_is_tracing = find("torch._C:_is_tracing") or torch.jit.is_tracing
-
-
 def is_jit_tracing() -> bool:
-    """Whether ``torch.jit.trace`` records what is computed.
-
-    Private: ``torch._C._is_tracing``. It stands for ``torch.jit.is_tracing``, which is called, 1 us, if it is gone.
-    """
-    return _is_tracing()
+    """Whether ``torch.jit.trace`` records what is computed. This one is public."""
+    return torch.jit.is_tracing()
 
 
 _num_function_modes = find("torch._C:_len_torch_function_stack")

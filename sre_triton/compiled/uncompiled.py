@@ -107,6 +107,10 @@ class _Block:
             self.elsewhere = (target >= 0) & (target < scalars.all_classes) & ~self.here
             self.kept = torch.where(self.elsewhere, 0, numbers.one * self.kept)
 
+    def weighted(self, y: Tensor | float) -> Tensor | float:
+        """y_j w_j, or y_j."""
+        return y if self.weight is None else y * self.weight
+
     def exponentials(self, m: Tensor) -> None:
         """d and e."""
         d, self.x, *self.scratch = _scratch(self.z)

@@ -97,7 +97,8 @@ def pass_with_a_limit(logits, target, weight, stats, scale, out, scalars):
 
 
 def test_what_is_not_for_all_shapes_is_checked_at_every_call(fresh, general, monkeypatch):
-    monkeypatch.setattr(compiled_primitives, "loss_pass", pass_with_a_limit)
+    limited = compiled_primitives.LOSS._replace(compiled=pass_with_a_limit)
+    monkeypatch.setattr(compiled_primitives, "LOSS", limited)
     for N in (10, 800, 20, 900):
         logits, target, _ = problem(N, 100, {})
         loss = self_regularized_entropy(logits, target, backend="compile")
@@ -220,7 +221,7 @@ with warnings.catch_warnings(record=True) as caught:
     for K in (20, 30):
         z = torch.arange(3.0 * K).reshape(3, K).requires_grad_()
         for target in (torch.tensor([0, 1, 2]), torch.full((3, K), 1 / K)):
-            self_regularized_entropy(z, target).backward()
+            self_regularized_entropy(z, target, backend="compile").backward()
 caught = [warning for warning in caught if not issubclass(warning.category, DeprecationWarning)]  # torch 2.11's own
 print([f"{warning.category.__name__}: {warning.message}" for warning in caught])
 """
@@ -237,17 +238,17 @@ from sre_triton import self_regularized_entropy
 z, target = torch.zeros(3, 20, requires_grad=True), torch.tensor([0, 1, 2])
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    self_regularized_entropy(z, target)
+    self_regularized_entropy(z, target, backend="compile")
 print(*(warning.filename for warning in caught if issubclass(warning.category, RuntimeWarning)))
 from sre_triton.compiled import inductor
 inductor._uncompiled.clear()
 inductor._compiled.clear()
 warnings.simplefilter("error", RuntimeWarning)
 try:
-    self_regularized_entropy(z, target)
+    self_regularized_entropy(z, target, backend="compile")
 except RuntimeWarning:
     print("raised", "torch._dynamo.convert_frame" in sys.modules and bool(torch._dynamo.utils.counters["frames"]))
-self_regularized_entropy(z, target).backward()
+self_regularized_entropy(z, target, backend="compile").backward()
 print(z.grad.isfinite().all().item())
 """
     out = run(code, CXX="/nonexistent/compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path), PATH="/nonexistent")
@@ -266,7 +267,7 @@ from sre_triton import self_regularized_entropy
 from sre_triton.compiled import inductor
 for uncompiled in ({"cpu"}, set()):
     inductor._uncompiled = uncompiled
-    for backend in (None, "eager"):
+    for backend in (None, "compile", "eager"):
         z = torch.randn(3, 20, requires_grad=True)
         self_regularized_entropy(z, torch.tensor([0, 1, 2]), backend=backend).backward()
         assert z.grad.isfinite().all()
@@ -514,7 +515,7 @@ from sre_triton.compiled import inductor
 
 def loss_of(i):
     z = torch.arange(64.0).reshape(2, 32).requires_grad_()
-    loss = self_regularized_entropy(z, torch.tensor([i, 1]))
+    loss = self_regularized_entropy(z, torch.tensor([i, 1]), backend="compile")
     loss.backward()
     return loss.detach(), z.grad
 
@@ -529,7 +530,7 @@ if __name__ == "__main__":
     for compiled in (0, 1):  # by each worker, then before the fork
         assert len(inductor._compiled) == compiled
         epochs.append(list(DataLoader(Losses(), num_workers=2, multiprocessing_context="fork")))
-        self_regularized_entropy(torch.zeros(2, 32, requires_grad=True), torch.tensor([0, 1]))
+        self_regularized_entropy(torch.zeros(2, 32, requires_grad=True), torch.tensor([0, 1]), backend="compile")
     expected = [loss_of(i) for i in range(4)]  # after the forks, in front of which there may be no backward
     for batches in epochs:
         for (loss, gradient), (true_loss, true_gradient) in zip(batches, expected, strict=True):
