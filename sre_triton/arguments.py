@@ -77,9 +77,10 @@ def _plan(dtype: torch.dtype, device: torch.device, num_classes: int, *values: f
 
 
 def _with_number(options: Options) -> Options:
-    """The options with λ as a number, where it is as a module keeps it, on the CPU, and there is nothing to complain of."""
+    """The options with λ as a number, where it is a tensor on the CPU that nobody would complain of, as a module's."""
     reg_weight = options.reg_weight
-    if reg_weight.is_cpu and reg_weight.dtype is torch.float32 and reg_weight.dim() == 0:
+    plain = reg_weight.is_cpu and reg_weight.layout is torch.strided and not reg_weight.is_nested
+    if plain and reg_weight.dtype is torch.float32 and reg_weight.dim() == 0:
         value = reg_weight.item()
         if math.isfinite(value) and not reg_weight.requires_grad:
             return Options(options.c, value, *options[2:])  # _replace takes 2 us

@@ -50,24 +50,33 @@ def _made(dtype: torch.dtype, options: RowOptions) -> Scalars:
     return Scalars(*made, _tensor_of(options.first_class, torch.int64), _tensor_of(options.all_classes, torch.int64))
 
 
-def _all_of(dtype: torch.dtype, options: RowOptions) -> tuple[Scalars, tuple[bool, ...], uncompiled.Numbers]:
-    """The options as the passes take them, their kind, and what uncompiled.py needs beside."""
-    scalars = _made(dtype, options)
-    return scalars, kind_of(scalars), uncompiled.numbers_of(scalars, dtype)
+class Known(NamedTuple):
+    """The options as the passes take them, and what is known of them before there are rows."""
+
+    scalars: Scalars
+    kind: tuple[bool, ...]
+    numbers: uncompiled.Numbers | None  # made where they are needed, of options that are tensors
 
 
 @functools.lru_cache(maxsize=64)
-def _of_numbers(dtype: torch.dtype, options: RowOptions) -> tuple[Scalars, tuple[bool, ...], uncompiled.Numbers]:
-    """The same, kept for options that are numbers."""
+def _known_of_numbers(dtype: torch.dtype, options: RowOptions) -> Known:
+    """Kept for options that are numbers."""
     with torch.inference_mode(False):
-        return _all_of(dtype, options)
+        scalars = _made(dtype, options)
+        return Known(scalars, kind_of(scalars), uncompiled.numbers_of(scalars, dtype))
 
 
-def scalars_of(dtype: torch.dtype, options: RowOptions) -> tuple[Scalars, tuple[bool, ...], uncompiled.Numbers]:
-    """The options as the passes take them, their kind, and what uncompiled.py needs beside."""
+def known_of(dtype: torch.dtype, options: RowOptions) -> Known:
+    """Of any options."""
     if isinstance(options.c, Tensor) or isinstance(options.reg_weight, Tensor):
-        return _all_of(dtype, options)
-    return _of_numbers(dtype, options)  # then the others are none either
+        scalars = _made(dtype, options)
+        return Known(scalars, kind_of(scalars), None)
+    return _known_of_numbers(dtype, options)  # then the others are none either
+
+
+def scalars_of(dtype: torch.dtype, options: RowOptions) -> Scalars:
+    """The options as the passes take them."""
+    return known_of(dtype, options).scalars
 
 
 class Pass(NamedTuple):
@@ -100,7 +109,7 @@ def _run(
     weight = None if weight is None else weight.to(dtype).contiguous()
     stats = None if stats is None else stats.contiguous()
     scale = None if scale is None else scale.contiguous()
-    scalars, kind, numbers = scalars_of(dtype, options)
+    scalars, kind, numbers = known_of(dtype, options)
     how = kind, logits.numel(), options.compile_now
     packed, complete = None, ()
     if logits.is_contiguous() and scalars.softcap is None:
@@ -113,6 +122,7 @@ def _run(
             out = new_gradient(logits)
         packed = _blocks(which.compiled, how, logits, target, weight, stats, scale, out, scalars)
     if packed is None:
+        numbers = numbers or uncompiled.numbers_of(scalars, dtype)
         return uncompiled.run(which.uncompiled, logits, target, weight, stats, scale, out, scalars, numbers)
     found = packed.t()[: which.count]
     if out is None:
@@ -215,7 +225,7 @@ def single_pass(dtype: torch.dtype, device: torch.device, num_classes: int, opti
 
     What is known before the tensors are is done before.
     """
-    scalars, kind, numbers = scalars_of(compute_dtype(dtype), options)
+    scalars, kind, numbers = known_of(compute_dtype(dtype), options)
     key = key_of(loss_and_gradient_pass, num_classes, kind, dtype, device, 1, True, 0, None)
     is_compiled = scalars.softcap is None and num_classes >= FEWEST
     extras = scalars.label_smoothing, scalars.z_loss, scalars.softcap
