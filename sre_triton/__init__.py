@@ -38,6 +38,7 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
         formulas.py     the mathematics of a class
         passes.py       the mathematics of rows: losses, coefficients, the gradient, the target's
         columns.py      how passes are written, so that each becomes one loop
+        waiting.py      when it pays to compile
         inductor.py     where torch.compile is asked, once for every set of options; Inductor itself through
                         `compile_and_catch` of internals.py
         uncompiled.py   the same in few operations, in place: for small problems, and where nothing can be compiled

@@ -249,10 +249,10 @@ def pretended(case):
 
 def compiled(case, switches=False):
     """The same, of the gradient too."""
-    from sre_triton.compiled import inductor
+    from sre_triton.compiled import inductor, waiting
 
     inductor._uncompiled.clear()
-    inductor.MANY = 0  # compile at the first call
+    waiting.MANY = 0  # compile at the first call
     leaf = case.z.clone().requires_grad_()
 
     def step():

@@ -1,12 +1,12 @@
 """Passes of passes.py, compiled by ``torch.compile`` once for every set of options and dtypes.
 
 What is compiled holds for any number of rows and classes; only to rows of more than 1024 classes belongs another
-version, whose sums are in float64. The first call of each version compiles it, for some seconds, and the logger
+version, whose sums are in float64. A version is compiled, for some seconds, when it pays (waiting.py), and the logger
 "sre_triton" says so. Inductor keeps what it compiled where it always does, in TORCHINDUCTOR_CACHE_DIR.
 
-Without a C++ compiler or a folder to write to, where ``torch.compile`` fails or is switched off, and on a GPU without
-Triton, a pass runs uncompiled; on Apple's MPS and Intel's XPU ``torch.compile`` is asked as on a CPU. None of these
-three devices has been tried: there was no such machine.
+Until then, without a C++ compiler or a folder to write to, where ``torch.compile`` fails or is switched off, and on a
+GPU without Triton, uncompiled.py computes; on Apple's MPS and Intel's XPU ``torch.compile`` is asked as on a CPU. None
+of these three devices has been tried: there was no such machine.
 """
 
 import errno
@@ -14,9 +14,7 @@ import functools
 import inspect
 import itertools
 import logging
-import math
 import operator
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -28,20 +26,10 @@ from .. import internals
 from ..messages import COMPILING, FAILED, NO_COMPILER, NO_FILES, NO_TRITON, SWITCHED_OFF, warn_user
 from .columns import SHORT
 from .passes import Scalars
+from .waiting import pays
 
 # Of a folder or disk.
 UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
-
-# When it pays to compile, counted in logits. It takes 10 to 20 seconds of processor time, and then saves 2.5 ns a logit
-# and 45 us a call. (Measured on 2 cores.) So a small problem is compiled when as much time is lost as compiling takes,
-# and then never costs more than twice what the best choice would have. It is calls that are counted and not seconds, so
-# that a program takes the same way each time it runs.
-MANY = 2**21  # in one call: then at once
-CALL = 2**14  # what a call costs
-ENOUGH = 2**32  # in all calls with the same key
-VARIABLE = "SRE_TRITON_COMPILE"  # of the environment: "1" compiles at the first call, "0" never
-if os.environ.get(VARIABLE):
-    MANY = ENOUGH = {"1": 0, "0": math.inf}[os.environ[VARIABLE]]
 
 FEWEST = 8  # classes that are compiled for
 
@@ -53,7 +41,6 @@ _lock = threading.Lock()
 _compiled: dict[tuple, Callable | None] = {}  # None where a compilation has failed
 _uncompiled: set[str] = set()  # types of devices that nothing can be compiled for
 _said: set[str] = set()  # why torch.compile was found switched off
-_waited: dict[tuple, int] = {}  # by key: the logits of the calls that were not worth compiling for
 
 
 INDUCTOR = {
@@ -172,6 +159,18 @@ class _Catcher:
         return lambda args: inner(list(pick(_flat(args))))
 
 
+class _Checked:
+    """What torch.compile returned, called with the arguments of a pass in one tuple."""
+
+    def __init__(self, checked: Callable) -> None:
+        """Keep it."""
+        self.checked = checked
+
+    def __call__(self, args: tuple) -> tuple[Tensor, ...]:
+        """Call it."""
+        return self.checked(*args)
+
+
 def _compile(function: Callable, args: tuple) -> Callable[[tuple], tuple[Tensor, ...]]:
     """A pass compiled: a function that takes the arguments of the pass in one tuple, and returns what the pass returns.
 
@@ -202,7 +201,7 @@ def _compile(function: Callable, args: tuple) -> Callable[[tuple], tuple[Tensor,
     logger.info("compiled %s in %.1f s", what, time.perf_counter() - started)
 
     shortcut = None if catcher is None else catcher.shortcut()
-    return (lambda args: checked(*args)) if shortcut is None else shortcut
+    return _Checked(checked) if shortcut is None else shortcut
 
 
 # By name, as they lie in modules of Inductor and Triton.
@@ -277,22 +276,25 @@ def key_of(function, num_classes, kind, dtype, device, target_dim, unweighted, s
     return function, num_classes > SHORT, kind, dtype, device, target_dim, unweighted, scale_dim, out_dtype
 
 
+def _usable(version: Callable | None) -> Callable | None:
+    """The version; None for what torch.compile returned where that would compile nothing, or raise."""
+    if not isinstance(version, _Checked):
+        return version
+    reason = internals.why_nothing_is_compiled()
+    if reason is None:
+        return version
+    _say(reason)
+    return None
+
+
 def version_of(key: tuple) -> Callable[[tuple], tuple[Tensor, ...]] | None:
     """The version that is there, if torch.compile would call it now; nothing is counted or compiled."""
-    return None if internals.is_forced_eager() or not internals.is_stance_known() else _compiled.get(key)
-
-
-def _pays(key: tuple, num_logits: int) -> bool:
-    """Whether it pays to compile what belongs to a key, for a call with so many logits and those that came before."""
-    if num_logits >= MANY:
-        return True
-    _waited[key] = _waited.get(key, 0) + CALL + num_logits
-    return _waited[key] >= ENOUGH
+    return None if internals.is_forced_eager() else _usable(_compiled.get(key))
 
 
 def stays_uncompiled(key: tuple, device: torch.device, num_logits: int, now: bool) -> bool:
     """Whether nothing is to be compiled for this call: it does not pay yet, or no compiler was found before."""
-    return device.type in _uncompiled or not (now or _pays(key, num_logits))
+    return device.type in _uncompiled or not (now or pays(key, num_logits))
 
 
 def compiled_pass(
@@ -308,17 +310,15 @@ def compiled_pass(
     num_rows, num_classes = logits.shape
     if num_rows <= 1 or num_classes < FEWEST:
         return None
-    if internals.is_forced_eager() or not internals.is_stance_known():
-        reason = internals.why_nothing_is_compiled()
-        if reason is not None:
-            _say(reason)
-            return None
+    if internals.is_forced_eager():
+        _say(internals.why_nothing_is_compiled())
+        return None
     of_scale, of_out = None if scale is None else scale.dim(), None if out is None else out.dtype
     of_tensors = logits.dtype, logits.device, target.dim(), weight is None, of_scale, of_out
     key = key_of(function, num_classes, kind, *of_tensors)
     try:
-        return _compiled[key]
+        return _usable(_compiled[key])
     except KeyError:
         if stays_uncompiled(key, logits.device, num_logits, now):
             return None
-        return _compile_once(key, function, args)
+        return _usable(_compile_once(key, function, args))

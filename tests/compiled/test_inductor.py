@@ -504,7 +504,11 @@ def test_threads_compile_once(fresh, monkeypatch):
         for gradients in pool.map(step, range(4)):
             for gradient in gradients:
                 torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
-    assert len(asked) == 1
+    # While one thread compiles, torch.compiler.is_compiling() is true in all of them. Who comes then calls the op, the
+    # factor of which is a vector: for this there is another version.
+    dimensions = [args[4].dim() for _, args in asked]
+    assert 0 in dimensions
+    assert len(dimensions) == len(set(dimensions))
 
 
 LOADER = """
