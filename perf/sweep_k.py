@@ -22,10 +22,11 @@ of one step is left for the next.
 own vectorised loops. On a CPU they run over a piece that stays in the cache, so it is a floor for the milliseconds as
 the copy is. (This project's loss goes below it: where its values are bounded, a polynomial replaces the logarithm.)
 
-On a CPU, batches of 4096 and 256 rows of 1000 classes, as small as people train with, are in the table as well, though
-not in the figure. A turn on them is many steps, after a few that are not counted, in which heap and caches are still as
-another contender left them: up to 0.6 ms. On 256 rows, with ``OMP_NUM_THREADS=1``, "eager" is to take at most twice the
-time of the source's formula. ``THP_MEM_ALLOC_ENABLE=1 python perf/sweep_k.py`` has PyTorch ask Linux for huge pages.
+On a CPU, batches from 4096 rows of 1000 classes down to 32 rows of 10, as small as people train with, are in the table
+as well, though not in the figure, and there "uncompiled" is what is computed before it pays to compile. A turn on them
+is many steps, after a few that are not counted, in which heap and caches are still as another contender left them: up
+to 0.6 ms. On 256 rows, with ``OMP_NUM_THREADS=1``, "eager" is to take at most twice the time of the source's formula.
+``THP_MEM_ALLOC_ENABLE=1 python perf/sweep_k.py`` has PyTorch ask Linux for huge pages.
 
 All contenders take their turn in every round, so that a disturbance meets all of them; the slow ones sit out most
 rounds. What counts is the ratio of two medians of one run: ``times_copy`` and ``times_ours`` (this project's default).
@@ -50,10 +51,10 @@ from sre_triton.reference import source_formula
 
 CLASSES = (10, 32, 100, 320, 1000, 4096, 10000, 21841, 32768, 50257, 128256, 262144)
 QUICK_CLASSES = (100, 1000, 50257)
-BATCHES = ((1000, 4096), (1000, 256))  # K, N
+BATCHES = ((1000, 4096), (1000, 256), (100, 128), (10, 128), (10, 32))  # K, N
 
 COPY, CLONE, MATH = "copy", "copy to new memory", "exp, log, 1 / x"
-UNCOUNTED = 5  # steps at the beginning of a turn on a small batch
+UNCOUNTED, MOST = 5, 400  # steps at the beginning of a turn on a small batch, and in it
 PIECE = 2**18  # logits that stay in the cache of a CPU's core
 
 
@@ -81,9 +82,11 @@ class Contender(NamedTuple):
     slow: bool = False
     ours: bool = False
     inplace: bool = False  # it writes into the logits
+    stance: str = "default"  # of torch.compile
+    small: bool = False  # it takes part on small batches alone
 
 
-def ours(backend: str, **options: object) -> Callable[[Tensor, Tensor], Tensor]:
+def ours(backend: str | None, **options: object) -> Callable[[Tensor, Tensor], Tensor]:
     """This project's loss."""
     return lambda z, target: sre_triton.self_regularized_entropy(z, target, class_mean=True, backend=backend, **options)
 
@@ -104,6 +107,9 @@ def contenders(on_gpu: bool) -> dict[str, Contender]:
         field["sre_triton (triton, recompute)"] = Contender(ours("triton", recompute=True), "#0072B2", "d", 3)
     field["sre_triton (compile)"] = Contender(ours("compile"), "#56B4E9" if on_gpu else "#0072B2", "s", ours=True)
     if not on_gpu:
+        field["sre_triton (uncompiled)"] = Contender(
+            ours(None), "0.3", "h", ours=True, stance="force_eager", small=True
+        )
         field["sre_triton (compile, in place)"] = Contender(ours("compile", inplace=True), "#0072B2", "d", inplace=True)
     for name, (loss, peer) in peers.available()[0].items():
         if on_gpu or name.startswith("F."):
@@ -160,12 +166,15 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, object]]]:
     rounds |= {name: range(args.slow_rounds) if c.slow else range(-1, args.rounds) for name, c in field.items()}
     on_cpu = args.device.type == "cpu"
     cases = [(K, args.elements // K) for K in args.classes] + [batch for batch in BATCHES if on_cpu and not args.quick]
+    # The same memory for all K: how fast it is copied depends on where it lies.
+    memory = torch.empty(2, max(K * N for K, N in cases), dtype=args.dtype, device=args.device)
     with tqdm(total=len(cases) * sum(map(len, rounds.values())), unit="step", mininterval=1) as progress:
         for num_classes, num_rows in cases:
-            logits = (3 * torch.randn(num_rows, num_classes, device=args.device)).to(args.dtype).requires_grad_()
+            source, copied = memory[:, : num_rows * num_classes].view(2, num_rows, num_classes)
+            source.copy_(3 * torch.randn(num_rows, num_classes, device=args.device))
+            copied.copy_(source)
+            logits = source.detach().requires_grad_()
             target = torch.randint(num_classes, (num_rows,), device=args.device)
-            source = logits.detach()
-            copied = source.clone()
             scratch = torch.empty(PIECE if on_cpu else source.numel(), dtype=args.dtype, device=args.device)
             kept = []
 
@@ -181,7 +190,8 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, object]]]:
                     made = Reused.apply(logits, copied) if field[name].inplace else logits
                     kept.extend(torch.autograd.grad(field[name].loss(made, target), made))
 
-            seconds, peak = {name: [] for name in rounds}, {}
+            is_small = (num_classes, num_rows) in BATCHES
+            seconds, peak = {name: [] for name in rounds if is_small or not (name in field and field[name].small)}, {}
             for round_ in range(-1, args.rounds):
                 for name in [name for name in seconds if round_ in rounds[name]]:
                     progress.set_description(f"K = {num_classes}", refresh=False)
@@ -189,8 +199,9 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, object]]]:
                     kept.clear()
                     before = reset_peak(args.device)
                     try:
-                        repeats = max(1, 2**24 // source.numel()) if round_ >= 0 else 1
-                        elapsed = seconds_of(lambda name=name: step(name), args.device, repeats)
+                        repeats = max(1, min(MOST, 2**24 // source.numel())) if round_ >= 0 else 1
+                        with torch.compiler.set_stance(field[name].stance if name in field else "default"):
+                            elapsed = seconds_of(lambda name=name: step(name), args.device, repeats)
                     except Exception as error:
                         if not isinstance(error, torch.OutOfMemoryError) and (name not in field or field[name].ours):
                             raise
@@ -288,10 +299,12 @@ def show(table: list[dict[str, object]]) -> None:
     names = list(dict.fromkeys(row["contender"] for row in table))
     width = max(map(len, names)) + 2
     print(f"{'':17}milliseconds (times the copy's)\n{'K':>7}{'N':>9}" + "".join(f"{name:>{width}}" for name in names))
+    field = contenders(False)
+    missing = {name: "-" if name in field and field[name].small else "out of memory" for name in names}
     for K, N in dict.fromkeys((row["K"], row["N"]) for row in table):
         rows = {row["contender"]: row for row in table if (row["K"], row["N"]) == (K, N)}
         cells = (
-            f"{float(rows[name]['median_ms']):.4g} ({rows[name]['times_copy']})" if name in rows else "out of memory"
+            f"{float(rows[name]['median_ms']):.4g} ({rows[name]['times_copy']})" if name in rows else missing[name]
             for name in names
         )
         print(f"{K:>7}{rows[COPY]['N']:>9}" + "".join(f"{cell:>{width}}" for cell in cells))

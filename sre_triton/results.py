@@ -25,9 +25,9 @@ class Call(NamedTuple):
 
 
 def reduced(losses: Tensor, factor: Tensor, reduction: str, backend: str) -> Tensor:
-    """(N,) -> () or (N,): a tensor of its own, so that the user may change it in place."""
+    """(N,), or such a column, -> () or itself: a tensor of its own, so that the user may change it in place."""
     if reduction == "none":
-        return losses.clone()
+        return losses.flatten().clone()
     if few_launches(losses, backend):
         return primitives(backend).scaled_sum(losses, factor)
     return losses.sum() * factor

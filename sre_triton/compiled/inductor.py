@@ -38,7 +38,8 @@ STAND_IN_ROWS = 96  # of the shape that is compiled for; not a number of classes
 logger = logging.getLogger("sre_triton")
 
 _lock = threading.Lock()
-_compiled: dict[tuple, Callable | None] = {}  # None where a compilation has failed
+_numbers = itertools.count()
+_compiled: dict[int, Callable | None] = {}  # None where a compilation has failed
 _uncompiled: set[str] = set()  # types of devices that nothing can be compiled for
 _said: set[str] = set()  # why torch.compile was found switched off
 
@@ -249,7 +250,7 @@ def _say(reason: str) -> None:
         logger.warning(SWITCHED_OFF, reason)
 
 
-def _compile_once(key: tuple, function: Callable, args: tuple) -> Callable | None:
+def _compile_once(key: int, function: Callable, args: tuple) -> Callable | None:
     """What belongs to a key, compiled now unless another thread has come before or it may not be."""
     with _lock:
         if key in _compiled:
@@ -271,9 +272,16 @@ def kind_of(scalars: Scalars) -> tuple[bool, ...]:
     return scalars.reg_weight.is_cpu, *(scalar is None for scalar in scalars)
 
 
-def key_of(function, num_classes, kind, dtype, device, target_dim, unweighted, scale_dim, out_dtype) -> tuple:
-    """What a version is kept under: all that it was compiled for."""
-    return function, num_classes > SHORT, kind, dtype, device, target_dim, unweighted, scale_dim, out_dtype
+@functools.cache
+def _number_of(*what: object) -> int:
+    """A number for each set of what a version is compiled for."""
+    return next(_numbers)
+
+
+def key_of(function, num_classes, kind, dtype, device, target_dim, unweighted, scale_dim, out_dtype) -> int:
+    """What a version is kept under: a number, as to look up all that it is compiled for takes 1 us."""
+    is_short = num_classes <= SHORT
+    return _number_of(function, is_short, kind, dtype, device, target_dim, unweighted, scale_dim, out_dtype)
 
 
 def _usable(version: Callable | None) -> Callable | None:
@@ -287,14 +295,14 @@ def _usable(version: Callable | None) -> Callable | None:
     return None
 
 
-def version_of(key: tuple) -> Callable[[tuple], tuple[Tensor, ...]] | None:
+def version_of(key: int) -> Callable[[tuple], tuple[Tensor, ...]] | None:
     """The version that is there, if torch.compile would call it now; nothing is counted or compiled."""
     return None if internals.is_forced_eager() else _usable(_compiled.get(key))
 
 
-def stays_uncompiled(key: tuple, device: torch.device, num_logits: int, now: bool) -> bool:
+def stays_uncompiled(key: int, device_type: str, num_logits: int, now: bool) -> bool:
     """Whether nothing is to be compiled for this call: it does not pay yet, or no compiler was found before."""
-    return device.type in _uncompiled or not (now or pays(key, num_logits))
+    return device_type in _uncompiled or not (now or pays(key, num_logits))
 
 
 def compiled_pass(
@@ -319,6 +327,6 @@ def compiled_pass(
     try:
         return _usable(_compiled[key])
     except KeyError:
-        if stays_uncompiled(key, logits.device, num_logits, now):
+        if stays_uncompiled(key, logits.device.type, num_logits, now):
             return None
         return _usable(_compile_once(key, function, args))

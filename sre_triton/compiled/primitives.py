@@ -230,22 +230,25 @@ def single_pass(dtype: torch.dtype, device: torch.device, num_classes: int, opti
     is_compiled = scalars.softcap is None and num_classes >= FEWEST
     extras = scalars.label_smoothing, scalars.z_loss, scalars.softcap
     is_simple, exact = num_classes <= SHORT and extras == (None,) * 3, compute_dtype(dtype)
+    device_type, now, largest = device.type, options.compile_now, uncompiled.BLOCK // num_classes
 
     def compute(
         rows: Tensor, target: Tensor, factor: Tensor, all_count: bool, return_parts: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The loss of each row, (N,), its losses, (4, N), if the parts are wanted, and the gradient.
+        """The loss of each row, (N,) or (N, 1), its losses, (4, N), if the parts are wanted, and the gradient.
 
         ``all_count`` says that all targets were seen to be classes, and none to be ignored.
         """
-        if is_compiled and rows.shape[0] > 1 and rows.is_contiguous():
+        num_rows = rows.shape[0]
+        if is_compiled and num_rows > 1 and rows.is_contiguous():
             compiled = version_of(key)
             if compiled is not None:
                 packed, gradient, *_ = compiled((rows, target.contiguous(), None, None, factor, None, scalars))
                 return packed.select(1, 0), packed.t()[:NUM_LOSSES] if return_parts else None, gradient
-        num_logits = rows.numel()
-        fits = is_simple and all_count and 0 < num_logits <= uncompiled.BLOCK
-        if fits and stays_uncompiled(key, device, num_logits, options.compile_now):
+        fits = is_simple and all_count and 0 < num_rows <= largest
+        if fits and stays_uncompiled(key, device_type, num_rows * num_classes, now):
+            if dtype == exact:  # else two calls that do nothing
+                return uncompiled.ordinary(rows, target, factor, return_parts, numbers)
             loss, losses, gradient = uncompiled.ordinary(rows.to(exact), target, factor, return_parts, numbers)
             return loss, losses, gradient.to(dtype)
         losses, gradient = row_loss_and_gradient.function(rows, target, None, factor, options)

@@ -4,7 +4,7 @@ Small problems are computed so until it pays to compile (inductor.py), and all o
 step is some sixty operations, each of a microsecond or two for few logits. For many, the time goes to the twenty that
 go over a matrix, of which the exponential and the logarithm take half; so these are in place:
 
-    d       z - m, then t, then |t|
+    d       z - m, then t, then |t| μ
     e       exp(d), then the gradient
     x       p / c, then h
     odds    of the coin's rarer side, then its probability μ
@@ -62,19 +62,19 @@ def _scratch(z: Tensor) -> Sequence[Tensor | None]:
 def _coin(
     t: Tensor, x: Tensor, scratch: Sequence[Tensor | None], wants_h: bool, numbers: Numbers
 ) -> tuple[Tensor, Tensor | None]:
-    """u and h, from t = log x and x = p / c; t becomes |t|, and x is written over."""
+    """u and h, from t = log x and x = p / c, both of which are written over."""
     odds, u, lost = scratch
     odds = torch.reciprocal(x, out=odds)
     torch.minimum(odds, x, out=odds)
     u = torch.add(odds, numbers.one, out=u)
     if wants_h:
-        # log(1 + odds), with what the rounding of the sum has lost. Measured: torch.log1p takes as long as the
+        # log(1 + odds), without what the rounding of the sum has added. Measured: torch.log1p takes as long as the
         # logarithm, or 10 times as long, depending on what the CPU did before.
         lost = torch.sub(u, numbers.one, out=lost).sub_(odds)
-        torch.log(u, out=x).addcdiv_(lost, u, value=-1)
-    mu = odds.div_(u)
-    torch.div(mu, u, out=u).mul_(t)
-    return u, x.addcmul_(t.abs_(), mu) if wants_h else None
+        torch.log(u, out=x).sub_(lost)
+    t_mu = t.mul_(odds.div_(u))
+    torch.div(t_mu, u, out=u)
+    return u, x.add_(t_mu.abs_()) if wants_h else None
 
 
 class _Block:
@@ -143,7 +143,7 @@ class _Block:
         return Row(m, exp_sum, y_sum, yz_sum, omega)
 
     def coin(self, exp_sum: Tensor, wants_h: bool) -> None:
-        """u, h and log Σ exp d; d becomes |t|."""
+        """u, h and log Σ exp d."""
         numbers = self.numbers
         self.log_sum = exp_sum.log()
         off, scaled = self.log_sum + numbers.log_c, exp_sum * numbers.c
@@ -261,7 +261,7 @@ def ordinary(
     and λ.
 
     Returns:
-        The loss of each row, (n,); all of its losses, (4, n), if the parts are wanted; the gradient, (n, K).
+        The loss of each row, (n, 1); all of its losses, (4, n), if the parts are wanted; the gradient, (n, K).
     """
     index = target.unsqueeze(1)
     d, x, *scratch = _scratch(z)
@@ -285,7 +285,7 @@ def ordinary(
     if exp_sum is not None:
         coef_e.div_(exp_sum)
     gradient = e.mul_(coef_e).addcmul_(u, scale * numbers.reg_weight)
-    return loss.squeeze(1), losses, gradient.scatter_(1, index, gradient.gather(1, index).sub_(scale))
+    return loss, losses, gradient.scatter_(1, index, gradient.gather(1, index).sub_(scale))
 
 
 def run(

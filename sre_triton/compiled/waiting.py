@@ -23,12 +23,12 @@ if os.environ.get(VARIABLE, "") not in MEANINGS:
     )
 MANY, ENOUGH = MEANINGS[os.environ.get(VARIABLE, "")]
 
-_waited: dict[tuple, int] = {}  # by key of a version: the logits of the calls that it was not compiled for
+_waited: dict[int, int] = {}  # by key of a version: the logits of the calls that it was not compiled for
 
 
-def pays(key: tuple, num_logits: int) -> bool:
+def pays(key: int, num_logits: int) -> bool:
     """Whether it pays to compile a version, for a call with so many logits and those that came before."""
     if num_logits >= MANY:
         return True
-    _waited[key] = _waited.get(key, 0) + CALL + num_logits
-    return _waited[key] >= ENOUGH
+    waited = _waited[key] = _waited.get(key, 0) + CALL + num_logits
+    return waited >= ENOUGH

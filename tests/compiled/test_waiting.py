@@ -73,10 +73,9 @@ def test_what_is_asked_for_is_compiled_at_the_first_call(asked):
 
 def test_a_compiled_model_does_not_wait(asked):
     logits, target, _ = problem(4, 9, {})
-    torch.compile(lambda z: self_regularized_entropy(z, target), backend="aot_eager")(
-        logits.requires_grad_()
-    ).backward()
-    assert [name for name, _ in asked] == ["loss_pass", "gradient_pass"] or len(asked) == 1
+    graph = torch.compile(lambda z: self_regularized_entropy(z, target), backend="aot_eager")
+    graph(logits.requires_grad_()).backward()
+    assert asked == [("loss_and_gradient_pass", 36)]
 
 
 @pytest.mark.parametrize(("value", "first"), [("1", True), ("0", False), ("", False)])
@@ -89,7 +88,7 @@ def test_the_environment_fixes_the_way(value, first, asked, monkeypatch):
         loss_and_gradient(logits, target)
         assert bool(asked) == first
         if value == "0":
-            assert not waiting.pays((), 2**60)
+            assert not waiting.pays(0, 2**60)
         loss_and_gradient(logits, target, backend="compile")
         assert asked == [("loss_and_gradient_pass", 36)]
     finally:
@@ -163,4 +162,5 @@ def test_what_is_wrong_with_a_row_stays_there(N, asked):
     assert losses.isnan().nonzero().flatten().tolist() == spoilt.tolist()
     assert leaf.grad[spoilt].isnan().all()
     kept = torch.ones(N, dtype=torch.bool).index_fill(0, spoilt, False)
-    torch.testing.assert_close(leaf.grad[kept].double(), truth(logits[kept], target[kept], reduction="sum")[2])
+    true_gradient = truth(logits[kept], target[kept], reduction="sum")[2]
+    torch.testing.assert_close(leaf.grad[kept].double(), true_gradient, rtol=1e-4, atol=1e-5)
