@@ -1,11 +1,12 @@
-"""What a step costs in Python and in PyTorch, outside the kernels; no GPU is needed.
+"""What a step costs in Python and in PyTorch, outside the arithmetic; no GPU is needed.
 
     python perf/host_overhead.py               microseconds for each step, ours and F.cross_entropy's
-    python perf/host_overhead.py --profile     and where ours go
+    python perf/host_overhead.py --profile     and where ours go, as on a GPU
 
-Ours is called as on a GPU, with Triton's launcher up to where it would hand the kernel to the driver. F.cross_entropy
-runs on a CPU, on so few logits that its kernels take next to no time. On a GPU all of this happens while the GPU is
-still at the step before, unless steps are shorter than these times.
+First on this CPU, for small batches, with the arithmetic: compiled, and uncompiled, as it is before it pays to compile.
+Then as on a GPU: Triton's launcher up to where it would hand the kernel to the driver, on 2 rows of 16 classes, beside
+F.cross_entropy on a CPU. On a GPU all of this happens while the GPU is still at the step before, unless steps are
+shorter than these times.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from output import run_script
 from sre_triton import backend, self_regularized_entropy
 
 STEPS, ROUNDS = 300, 15
+BATCHES = ((32, 10), (128, 10), (128, 100), (256, 1000))
+RECOMPUTE = {"sre_triton": False, "sre_triton, recompute": True}
 
 
 def step(loss: Callable, logits: torch.Tensor, target: torch.Tensor) -> None:
@@ -31,46 +34,58 @@ def step(loss: Callable, logits: torch.Tensor, target: torch.Tensor) -> None:
     loss(logits, target).backward()
 
 
+def ours(backend: str | None, **options: object) -> Callable:
+    """This project's loss."""
+    return lambda logits, target: self_regularized_entropy(logits, target, class_mean=True, backend=backend, **options)
+
+
+def compare(losses: dict[str, tuple[Callable, str]], num_rows: int, num_classes: int, after: Callable) -> None:
+    """Time the losses in turns, each with its stance of torch.compile; print medians. ``after`` each turn."""
+    logits, target = 3 * torch.randn(num_rows, num_classes), torch.randint(num_classes, (num_rows,))
+    logits.requires_grad_()
+    times = {name: [] for name in losses}
+    for round_ in range(-1, ROUNDS):  # round -1 compiles
+        for name, (loss, stance) in losses.items():
+            with torch.compiler.set_stance(stance):
+                start = time.perf_counter()
+                for _ in range(STEPS):
+                    step(loss, logits, target)
+                if round_ >= 0:
+                    times[name].append((time.perf_counter() - start) / STEPS)
+            after()
+    reference = statistics.median(times["F.cross_entropy"])
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        print(f"  {name:24}{median * 1e6:7.1f} us{median / reference:7.2f} times F.cross_entropy")
+
+
 def main() -> None:
     """Measure in turns, and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", action="store_true", help="the functions that take the most of ours")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    reference = {"F.cross_entropy": (F.cross_entropy, "default")}
+    print("Forward + backward in one thread, microseconds of a step.")
+    for N, K in BATCHES:
+        print(f"On this CPU, {N} rows of {K} classes, arithmetic included:")
+        losses = {"compiled": (ours("compile"), "default"), "uncompiled": (ours(None), "force_eager")}
+        compare(reference | losses, N, K, after=lambda: None)
+
     launches = compile_only("sm_90")
     backend.has_triton = lambda device: True
-
-    def ours(logits, target, **options):
-        return self_regularized_entropy(logits, target, class_mean=True, backend="triton", **options)
-
     tensors = torch.zeros(2, 16, requires_grad=True), torch.zeros(2, dtype=torch.long)
-    steps = {
-        "F.cross_entropy": lambda: step(F.cross_entropy, *tensors),
-        "sre_triton": lambda: step(ours, *tensors),
-        "sre_triton, recompute": lambda: step(lambda *given: ours(*given, recompute=True), *tensors),
-    }
-    for run in steps.values():
-        run()
+    step(ours("triton"), *tensors)  # compiles
     launches.clear()
-    steps["sre_triton"]()
-    print("kernels of ours in a step:", *(launch.name for launch in launches))
-    times = {name: [] for name in steps}
-    for _ in range(ROUNDS):
-        for name, run in steps.items():
-            start = time.perf_counter()
-            for _ in range(STEPS):
-                run()
-            times[name].append((time.perf_counter() - start) / STEPS)
-            launches.clear()
-    reference = statistics.median(times["F.cross_entropy"])
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
-        print(f"{name:24}{median * 1e6:7.1f} us{median / reference:7.2f} times F.cross_entropy")
+    step(ours("triton"), *tensors)
+    print("As on a GPU, up to the driver, without the kernels", *(launch.name for launch in launches))
+    losses = {name: (ours("triton", recompute=again), "default") for name, again in RECOMPUTE.items()}
+    compare(reference | losses, 2, 16, after=launches.clear)
     if args.profile:
         profile = cProfile.Profile()
         profile.enable()
         for _ in range(STEPS):
-            steps["sre_triton"]()
+            step(ours("triton"), *tensors)
         profile.disable()
         pstats.Stats(profile).sort_stats("tottime").print_stats(25)
 

@@ -255,6 +255,8 @@ def plot(csv_path: Path, path: Path) -> None:
         rows = [row for row in table if row["contender"] == name]
         K = [int(row["K"]) for row in rows]
         times = [[float(row[key]) for row in rows] for key in ("quartile1_ms", "median_ms", "quartile3_ms")]
+        if name == COPY and len(rows) > 1:  # of the same memory whatever K is: one roof
+            times = [[quartile] * len(rows) for quartile in statistics.quantiles(times[1], n=4, method="inclusive")]
         moved = [float(row["GB_per_s"]) * float(row["median_ms"]) for row in rows]
         rates = [[m / t for m, t in zip(moved, quantile, strict=True)] for quantile in reversed(times)]
         for axes, (low, median, high) in ((bandwidth, rates), (milliseconds, times)):

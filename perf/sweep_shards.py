@@ -291,6 +291,7 @@ def main() -> None:
         parser.error(f"--ranks: expected no more than there are GPUs, got {args.ranks}")
     folder = folder_of(args)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
+    os.environ.setdefault("SRE_TRITON_COMPILE", "1")  # few logits are timed as they are after many steps
     if on_cpu and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
