@@ -183,6 +183,9 @@ class _Ordinary(torch.autograd.Function):
     jvp = staticmethod(_no_forward_ad)
 
 
+_Ordinary.__name__ = _Ordinary.__qualname__ = SinglePass.__name__  # what grad_fn and profilers show
+
+
 @functools.cache
 def _watched(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """The same for transforms, of which those in forward mode are told no; torch.compile takes no jvp."""

@@ -122,7 +122,8 @@ def self_regularized_entropy(
             (``torch.compile``: one loop over the rows), ``"eager"`` (plain autograd, differentiable twice) or None,
             which chooses: ``"eager"``, slow, where ``target`` or ``weight`` require a gradient (detach what needs none)
             and for ``torch.func`` transforms inside ``torch.compile``, else ``"triton"`` on a GPU that has it, else
-            ``"compile"``, but few logits run uncompiled until it pays to compile (README, "The first call"). A ``TorchFunctionMode`` sees nothing of the loss unless "eager" is asked for.
+            ``"compile"``, but few logits run uncompiled until it pays to compile (README, "The first call"). A
+            ``TorchFunctionMode`` sees nothing of the loss unless "eager" is asked for.
 
     Returns:
         The loss, float32 (float64 for float64 logits), a scalar or with ``reduction="none"`` one number a row; with

@@ -18,6 +18,7 @@ import torch
 
 import sre_triton
 from sre_triton import backend, functional, modules, schedule
+from sre_triton.compiled import inductor
 
 ROOT = Path(__file__).parents[1]
 # Of processes that compile nothing: mnist.py does, and test_integrations.py runs a page that does.
@@ -361,6 +362,7 @@ def test_profile_shows_the_loop_and_the_faults(monkeypatch, capsys):
     finally:
         sys.path.pop(0)
     monkeypatch.setattr(sys, "argv", ["profile_cpu.py", "4", "16"])
+    monkeypatch.setattr(inductor, "_compiled", {})  # what was compiled before has no name in the profile
     with torch._inductor.config.patch({"cpp.enable_kernel_profile": False}):  # and as it was afterwards
         profile_cpu.main()
     out = capsys.readouterr().out
