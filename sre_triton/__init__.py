@@ -65,6 +65,9 @@ Where a formula stands, three times (reference alone: in its one function, self_
     the gradient of a class     -                       formulas.gradient_of          passes.gradient_of
     that at the target          -                       walks.store_gradient_of_rest  passes.coefficients_of
     ε / K and 1 - ε             reference               rows.shares                   passes.shares
+
+and again, in PyTorch's operations, in uncompiled.py: `_Block`, whose methods are named by what they compute, for all
+options, and `ordinary` for most calls.
 """
 
 from .functional import linear_self_regularized_entropy, self_regularized_entropy

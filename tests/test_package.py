@@ -33,6 +33,8 @@ ORDER = [
     "compiled.columns",
     "compiled.formulas",
     "compiled.passes",
+    "compiled.uncompiled",
+    "compiled.waiting",
     "compiled.inductor",
     "compiled.primitives",
     "kernels.groups",
