@@ -5,6 +5,7 @@ where the value is checked: of options in options.py, of tensors in checks.py, o
 backend.py, and in modules.py and schedule.py what only they know.
 """
 
+import errno
 import reprlib
 import sys
 import warnings
@@ -139,6 +140,25 @@ FAILED = (
     "traceback. Please report it"
 )
 SWITCHED_OFF = "sre_triton compiles nothing now, and runs uncompiled, several times slower: %s"
+
+# By name, as they lie in modules of Inductor and Triton.
+NO_COMPILER_ERRORS = ("InvalidCxxCompiler", "CppCompileError")
+NO_TRITON_ERRORS = ("TritonMissing", "GPUTooOldForTriton")
+# Of a folder or disk.
+UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
+
+
+def lasting_failure(error: BaseException) -> str | None:
+    """The warning for an error of a compilation that says that nothing can be compiled here; None for any other."""
+    name = type(error).__name__
+    if name in NO_COMPILER_ERRORS:
+        return NO_COMPILER.format(name)
+    if name in NO_TRITON_ERRORS:
+        return NO_TRITON.format(error)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return NO_FILES.format(error)
+    return None
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Warnings that are said once a process.

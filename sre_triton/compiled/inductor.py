@@ -9,7 +9,6 @@ GPU without Triton, uncompiled.py computes; on Apple's MPS and Intel's XPU ``tor
 of these three devices has been tried: there was no such machine.
 """
 
-import errno
 import functools
 import inspect
 import itertools
@@ -23,13 +22,10 @@ import torch
 from torch import Tensor
 
 from .. import internals
-from ..messages import COMPILING, FAILED, NO_COMPILER, NO_FILES, NO_TRITON, SWITCHED_OFF, warn_user
+from ..messages import COMPILING, FAILED, NO_COMPILER, SWITCHED_OFF, lasting_failure, warn_user
 from .columns import SHORT
 from .passes import Scalars
 from .waiting import pays
-
-# Of a folder or disk.
-UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
 FEWEST = 8  # classes that are compiled for
 
@@ -205,23 +201,6 @@ def _compile(function: Callable, args: tuple) -> Callable[[tuple], tuple[Tensor,
     return _Checked(checked) if shortcut is None else shortcut
 
 
-# By name, as they lie in modules of Inductor and Triton.
-NO_COMPILER_ERRORS = ("InvalidCxxCompiler", "CppCompileError")
-NO_TRITON_ERRORS = ("TritonMissing", "GPUTooOldForTriton")
-
-
-def _lasting(error: Exception) -> str | None:
-    """The warning for an error that says that nothing can be compiled here; None for any other error."""
-    name = type(error).__name__
-    if name in NO_COMPILER_ERRORS:
-        return NO_COMPILER.format(name)
-    if name in NO_TRITON_ERRORS:
-        return NO_TRITON.format(error)
-    if isinstance(error, OSError) and error.errno in UNWRITABLE:
-        return NO_FILES.format(error)
-    return None
-
-
 def _tried(function: Callable, args: tuple) -> tuple[Callable | None, str | None]:
     """The function compiled, and None; or None, and the warning that says why."""
     device = args[0].device.type
@@ -234,7 +213,7 @@ def _tried(function: Callable, args: tuple) -> tuple[Callable | None, str | None
         causes = [error]
         while (cause := getattr(causes[-1], "inner_exception", None) or causes[-1].__cause__) is not None:
             causes.append(cause)
-        warning = next(filter(None, map(_lasting, causes)), None)
+        warning = next(filter(None, map(lasting_failure, causes)), None)
         if warning is None:
             logger.warning("torch.compile failed", exc_info=error)
             warning = FAILED.format(type(causes[-1]).__name__, str(causes[-1])[:200])
