@@ -23,6 +23,7 @@ import csv
 import functools
 import gc
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -265,6 +266,7 @@ def main() -> None:
     parser.add_argument("--chunk-rows", type=positive, nargs="+", default=[], help="more sizes of chunks")
     parser.add_argument("--peak-of", type=json.loads, help=argparse.SUPPRESS)  # a process of its own
     args = parser.parse_args()
+    os.environ.setdefault("SRE_TRITON_COMPILE", "1")  # a small step before is to compile for the large one
     args.dtype_name = args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
     args.dtype = getattr(torch, args.dtype_name)
     torch.manual_seed(0)
