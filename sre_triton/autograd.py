@@ -9,6 +9,7 @@ arguments, and computes the gradient alone.
 """
 
 import functools
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from .arguments import Arguments
 from .backend import primitives
 from .internals import is_batched, is_transformed, is_watched
 from .messages import DOUBLE_BACKWARD, FORWARD_AD, SECOND_BACKWARD
-from .primitives import kept_options, options_again
+from .primitives import RowOptions, kept_options, options_again
 from .results import Call, reduced
 from .sharding.collectives import sharded_row_loss
 
@@ -42,7 +43,18 @@ class SinglePass(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows, target, weight, factor, losses, stats, backend, reduction, inplace, options):
+    def forward(
+        rows: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        factor: Tensor,
+        losses: Tensor | None,
+        stats: Tensor | None,
+        backend: str,
+        reduction: str,
+        inplace: bool,
+        options: RowOptions,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(the loss, (4, N) losses of the rows, the gradient). Of sharded classes losses and stats are given."""
         row_primitives = primitives(backend)
         if stats is None:
@@ -55,7 +67,7 @@ class SinglePass(torch.autograd.Function):
         return reduced(losses[0], factor, reduction, backend), losses, gradient
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         """Keep the gradient."""
         _, losses, gradient = output
         ctx.num_inputs = len(inputs)
@@ -66,7 +78,9 @@ class SinglePass(torch.autograd.Function):
         ctx.save_for_backward(gradient)
 
     @staticmethod
-    def backward(ctx, grad_loss, _, grad_gradient):
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, _: Tensor | None, grad_gradient: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """The gradient that is there, times the upstream one: in place, so only once."""
         no_more = (None,) * (ctx.num_inputs - 1)
         if torch.compiler.is_compiling():
@@ -75,7 +89,7 @@ class SinglePass(torch.autograd.Function):
         return _hand_over(ctx, grad_loss, grad_gradient), *no_more
 
 
-def _hand_over(ctx, grad_loss: Tensor | None, grad_gradient: Tensor | None) -> Tensor | None:
+def _hand_over(ctx: Any, grad_loss: Tensor | None, grad_gradient: Tensor | None) -> Tensor | None:
     """The gradient that a single pass has stored, times the upstream one."""
     if grad_gradient is not None:
         raise RuntimeError(DOUBLE_BACKWARD)
@@ -96,7 +110,18 @@ class Recompute(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows, target, weight, factor, losses, stats, backend, reduction, inplace, options):
+    def forward(
+        rows: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        factor: Tensor,
+        losses: Tensor | None,
+        stats: Tensor | None,
+        backend: str,
+        reduction: str,
+        inplace: bool,
+        options: RowOptions,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(the loss, (4, N) losses of the rows, (7, N) statistics), which are returned as they are if they came in."""
         if stats is None:
             losses, stats = primitives(backend).row_loss(rows, target, weight, options)
@@ -105,7 +130,7 @@ class Recompute(torch.autograd.Function):
         return reduced(losses[0], factor, reduction, backend), losses, stats
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         """Keep the arguments and the statistics."""
         rows, target, weight, factor, _, _, ctx.backend, _, ctx.inplace, options = inputs
         _, losses, stats = output
@@ -115,7 +140,7 @@ class Recompute(torch.autograd.Function):
         ctx.save_for_backward(rows, target, weight, factor, stats, *kept_options(ctx, options))
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradient, from the logits and the statistics."""
         no_more = (None,) * (ctx.num_inputs - 1)
         if grad_loss is None:
@@ -136,21 +161,29 @@ class _RowGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows, backend, target, weight, stats, scale, options):
+    def forward(
+        rows: Tensor,
+        backend: str,
+        target: Tensor,
+        weight: Tensor | None,
+        stats: Tensor,
+        scale: Tensor,
+        options: RowOptions,
+    ) -> Tensor:
         """The gradient, (N, K)."""
         return primitives(backend).row_gradient(rows, target, weight, stats, scale, options)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Nothing is kept."""
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Tensor | None) -> NoReturn:
         """There is no second derivative."""
         raise RuntimeError(DOUBLE_BACKWARD)
 
 
-def _no_forward_ad(ctx, *tangents) -> None:
+def _no_forward_ad(ctx: Any, *tangents: Tensor | None) -> NoReturn:
     """The ``jvp`` of all Functions: there is none."""
     raise NotImplementedError(FORWARD_AD)
 
@@ -159,7 +192,7 @@ class _Ordinary(torch.autograd.Function):
     """SinglePass for an ordinary call (arguments.Plan), with as few objects and calls as there can be."""
 
     @staticmethod
-    def forward(ctx, rows, arguments, call):
+    def forward(ctx: Any, rows: Tensor, arguments: Arguments, call: Call) -> tuple[Tensor, Tensor | None, Tensor]:
         """(the loss, (4, N) losses of the rows if the parts are wanted, the gradient)."""
         backend, reduction, factor, *_ = call
         return_parts = arguments.options.return_parts
@@ -176,7 +209,9 @@ class _Ordinary(torch.autograd.Function):
         return loss, losses, gradient
 
     @staticmethod
-    def backward(ctx, grad_loss, _, grad_gradient):
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, _: Tensor | None, grad_gradient: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
         """As of SinglePass."""
         return _hand_over(ctx, grad_loss, grad_gradient), None, None
 
@@ -202,7 +237,7 @@ def _plain(function: type[torch.autograd.Function], count: int) -> type[torch.au
 
     class Plain(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *args):
+        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...] | Tensor:
             """As ``function.forward`` and ``setup_context``."""
             args = *args[:count], *args[count]
             outputs = function.forward(*args)
@@ -210,7 +245,7 @@ def _plain(function: type[torch.autograd.Function], count: int) -> type[torch.au
             return outputs
 
         @staticmethod
-        def backward(ctx, *grads):
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             """As ``function.backward``, for the arguments that are left."""
             return *function.backward(ctx, *grads)[:count], None
 
@@ -221,7 +256,7 @@ def _plain(function: type[torch.autograd.Function], count: int) -> type[torch.au
 
 
 def apply(
-    function: type[torch.autograd.Function], watched: bool, *arguments, count: int = 1
+    function: type[torch.autograd.Function], watched: bool, *arguments: Any, count: int = 1
 ) -> tuple[Tensor, ...] | Tensor:
     """Apply a Function, in plain eager code or ``watched``; its first ``count`` arguments may get a gradient."""
     if watched:

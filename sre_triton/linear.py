@@ -6,6 +6,7 @@ gradient is a vector, the backward computes what it is asked for again.
 """
 
 import operator
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +21,13 @@ from .chunks import How
 from .internals import is_batched, is_transformed, is_watched, will_execute
 from .linear_primitive import linear_losses_and_gradients
 from .messages import DOUBLE_BACKWARD, SECOND_BACKWARD_OF_LINEAR
-from .primitives import kept_options, options_again
+from .primitives import RowOptions, kept_options, options_again
 from .results import Call, reduced
 
 NO_GRADIENTS = (False, False, False)
 
 
-def _asked_for(ctx, wanted: tuple[bool, bool, bool]) -> tuple[bool, ...]:
+def _asked_for(ctx: Any, wanted: tuple[bool, bool, bool]) -> tuple[bool, ...]:
     """Which of the gradients the backward that runs is for: pipelines run one for the input's, another for the rest."""
     if is_watched():
         return wanted
@@ -40,7 +41,17 @@ class LinearSinglePass(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, linear_weight, linear_bias, target, weight, factor, reduction, how, options):
+    def forward(
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        factor: Tensor,
+        reduction: str,
+        how: How,
+        options: RowOptions,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(the loss, (4, N) losses of the rows, the factor, the three gradients)."""
         # With 1/N in them, gradients in float16 would vanish before the loss scaler reaches them.
         how = how._replace(early=how.dtype != torch.float16)
@@ -49,7 +60,7 @@ class LinearSinglePass(torch.autograd.Function):
         return reduced(losses[0], factor, reduction, how.backend), losses, factor, *gradients
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep the gradients, and the factor for float16."""
         _, losses, factor, *gradients = output
         ctx.num_inputs, ctx.how = len(inputs), inputs[7]
@@ -59,7 +70,9 @@ class LinearSinglePass(torch.autograd.Function):
         ctx.save_for_backward(factor, *gradients)
 
     @staticmethod
-    def backward(ctx, grad_loss, _, __, *grad_gradients):
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, _: Tensor | None, __: Tensor | None, *grad_gradients: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """Those gradients that are asked for, times the upstream one: each in place, so only once."""
         compiling = torch.compiler.is_compiling()
         if not compiling and any(gradient is not None for gradient in grad_gradients):
@@ -98,7 +111,17 @@ class LinearRecompute(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, linear_weight, linear_bias, target, weight, factor, reduction, how, options):
+    def forward(
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        factor: Tensor,
+        reduction: str,
+        how: How,
+        options: RowOptions,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(the loss, (4, N) losses of the rows, the factor)."""
         tensors = input, linear_weight, linear_bias, target, weight, factor
         how = how._replace(wanted=NO_GRADIENTS)
@@ -106,7 +129,7 @@ class LinearRecompute(torch.autograd.Function):
         return reduced(losses[0], factor, reduction, how.backend), losses, factor
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep the arguments."""
         *tensors, _, ctx.how, options = inputs
         ctx.num_inputs = len(inputs)
@@ -115,7 +138,7 @@ class LinearRecompute(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *kept_options(ctx, options))
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         """Those gradients that are asked for, computed now."""
         if grad_loss is None:
             return (None,) * ctx.num_inputs
@@ -138,17 +161,27 @@ class _LinearGradients(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, linear_weight, linear_bias, target, weight, factor, upstream, how, options):
+    def forward(
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        factor: Tensor,
+        upstream: Tensor | None,
+        how: How,
+        options: RowOptions,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(the losses again, the three gradients, the factor)."""
         tensors = input, linear_weight, linear_bias, target, weight, factor, upstream
         return linear_losses_and_gradients(*tensors, how, options)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Nothing is kept."""
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Tensor | None) -> NoReturn:
         """There is no second derivative."""
         raise RuntimeError(DOUBLE_BACKWARD)
 
