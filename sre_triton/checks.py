@@ -15,7 +15,7 @@ from .internals import is_watched, may_hold, under_functorch
 from .messages import check_int, of_shape, wrong
 from .sharding.shard import VocabShard
 
-GAPS = (UninitializedTensorMixin, MaskedTensor)
+GAPS: tuple[type[object], ...] = (UninitializedTensorMixin, MaskedTensor)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REALS = (*FLOATS, *INDICES, torch.uint16, torch.uint32, torch.uint64)

@@ -16,11 +16,14 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+if TYPE_CHECKING:
+    import sympy
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -265,7 +268,7 @@ _GLOBAL_HOOKS = tuple(
 )
 
 
-def global_hooks() -> Iterable[Callable] | None:
+def global_hooks() -> Iterable[Callable[..., Any]] | None:
     """The hooks of all modules (``torch.nn.modules.module.register_module_forward_hook``), or None if unknown.
 
     Private: ``torch.nn.modules.module._has_any_global_hook``, and its dictionaries ``_global_forward_pre_hooks``,
@@ -463,8 +466,11 @@ def _told(begins: Callable[[], None]) -> Iterator[None]:
 
 
 def compile_and_catch(
-    graph: torch.fx.GraphModule, inputs: list, options: dict, begins: Callable[[], None]
-) -> tuple[Callable, list[Callable]]:
+    graph: torch.fx.GraphModule,
+    inputs: list[Tensor | torch.SymInt],
+    options: dict[str, object],
+    begins: Callable[[], None],
+) -> tuple[Callable[..., Any], list[Callable[..., Any]]]:
     """The graph compiled by Inductor, and a list of what Inductor itself returned in there.
 
     The first takes the inputs of the graph. The second takes a list of those that are used, and is called with no check
@@ -502,7 +508,9 @@ def innermost(compiled: Callable) -> Callable:
     return getattr(compiled, "current_callable", None) or compiled
 
 
-def sizes_and_guards(inputs: list) -> tuple[list[tuple], list] | None:
+def sizes_and_guards(
+    inputs: list[Tensor | torch.SymInt],
+) -> tuple[list[tuple["sympy.Expr", int]], list["sympy.Basic"]] | None:
     """The symbol and first value of each size among the inputs of a graph, and what Dynamo took for granted of them.
 
     For a matrix of 96 rows and 512 classes: [(s0, 96), (s1, 512)], and relations of SymPy such as s1 >= 8.

@@ -246,7 +246,7 @@ class LinearSelfRegularizedEntropyLoss(_Loss):
         check_layer(in_features, num_classes, dtype)
         self._keep(locals(), device)
         num_here = num_classes if shard is None else shard.stop - shard.start
-        self.linear = torch.nn.Linear(in_features, num_here, bias=bias, device=device, dtype=dtype)
+        self.linear: torch.nn.Linear = torch.nn.Linear(in_features, num_here, bias=bias, device=device, dtype=dtype)
 
     @torch.jit.unused
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Parts]:

@@ -22,8 +22,8 @@ LOSSES, (4, N): loss, H, S, α lse² of each row, weighted by omega, before ``re
 
 import functools
 import importlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -130,7 +130,7 @@ PRIMITIVES = {
 }
 
 
-def needs_dispatch(logits: Tensor, args: tuple) -> bool:
+def needs_dispatch(logits: Tensor, args: Iterable[object]) -> bool:
     """Whether the call must pass PyTorch's dispatcher: for a watcher, or for tensors that are not plain."""
     plain = type(logits) in (Tensor, torch.nn.Parameter) and not logits.is_meta
     return not plain or is_watched() or any(map(is_batched, args))
@@ -143,7 +143,7 @@ def value_on_cpu(number: float | Tensor) -> float | Tensor:
     return number
 
 
-def as_tensors(options: RowOptions) -> list:
+def as_tensors(options: RowOptions) -> list[Tensor | int | None]:
     """The options as the registered ops take them."""
     return [
         torch.tensor(option, dtype=torch.float64, device="cpu") if isinstance(option, float) else option
@@ -151,13 +151,13 @@ def as_tensors(options: RowOptions) -> list:
     ]
 
 
-def kept_options(ctx, options: RowOptions) -> list[Tensor | None]:
+def kept_options(ctx: Any, options: RowOptions) -> list[Tensor | None]:
     """The scalars among the options that are tensors, to be saved; the ctx keeps the others."""
     ctx.options = tuple(None if isinstance(option, Tensor) else option for option in options)
     return [option if isinstance(option, Tensor) else None for option in options]
 
 
-def options_again(ctx, saved: list[Tensor | None]) -> RowOptions:
+def options_again(ctx: Any, saved: list[Tensor | None]) -> RowOptions:
     """The options, from what was saved of them."""
     return RowOptions(
         *(option if tensor is None else tensor for tensor, option in zip(saved, ctx.options, strict=True))
@@ -221,7 +221,7 @@ def without_forward_ad(function: Callable) -> Callable:
     return compute
 
 
-def no_second_derivative(ctx, *_) -> None:
+def no_second_derivative(ctx: Any, *_: Tensor | None) -> NoReturn:
     """The formula of an op that returns gradients."""
     raise RuntimeError(DOUBLE_BACKWARD)
 
@@ -286,7 +286,9 @@ def _register(backend: str, name: str) -> Callable:
     return op
 
 
-OPS = {(backend, name): _register(backend, name) for backend in MODULES for name in PRIMITIVES}
+OPS: dict[tuple[str, str], Callable[..., Any]] = {
+    (backend, name): _register(backend, name) for backend in MODULES for name in PRIMITIVES
+}
 _functions: dict[tuple[str, str], Callable] = {}
 
 

@@ -1,11 +1,12 @@
 """A weight that grows during training, from nothing or next to it to 1."""
 
 import math
+from collections.abc import Callable
 from numbers import Real
 
 from .messages import wrong
 
-SHAPES = {
+SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: x,
     "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
     "sigmoid": lambda x: math.exp(-5 * (1 - x) ** 2),

@@ -17,6 +17,7 @@ import operator
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ FEWEST = 8  # classes that are compiled for
 
 STAND_IN_ROWS = 96  # of the shape that is compiled for; not a number of classes there
 
-logger = logging.getLogger("sre_triton")
+logger: logging.Logger = logging.getLogger("sre_triton")
 
 _lock = threading.Lock()
 _numbers = itertools.count()
@@ -257,7 +258,10 @@ def _number_of(*what: object) -> int:
     return next(_numbers)
 
 
-def key_of(function, num_classes, kind, dtype, device, target_dim, unweighted, scale_dim, out_dtype) -> int:
+def key_of(
+    function: Callable, num_classes: int, kind: tuple[bool, ...], dtype: torch.dtype, device: torch.device,
+    target_dim: int, unweighted: bool, scale_dim: int | None, out_dtype: torch.dtype | None,
+) -> int:  # fmt: skip
     """What a version is kept under: a number, as to look up all that it is compiled for takes 1 us."""
     is_short = num_classes <= SHORT
     return _number_of(function, is_short, kind, dtype, device, target_dim, unweighted, scale_dim, out_dtype)
@@ -285,7 +289,7 @@ def stays_uncompiled(key: int, device_type: str, num_logits: int, now: bool) -> 
 
 
 def compiled_pass(
-    function: Callable, args: tuple, kind: tuple, num_logits: int, now: bool
+    function: Callable, args: tuple[Any, ...], kind: tuple[bool, ...], num_logits: int, now: bool
 ) -> Callable[[tuple], tuple[Tensor, ...]] | None:
     """What takes the same ``args``, all tensors but ``out`` in the dtypes of the arithmetic, and is compiled.
 

@@ -252,13 +252,19 @@ def _with_gradient(
     return packed, gradient
 
 
-def lse_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -> tuple[Tensor, ...]:
+def lse_pass(
+    logits: Tensor, target: Tensor, weight: Tensor | None, stats: None, scale: None, out: Tensor | None,
+    scalars: Scalars,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Packed: the first five statistics."""
     _, _, row = _lse(_capped(logits, scalars), target, weight, scalars)
     return (pack(*row[:5]),)
 
 
-def sums_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -> tuple[Tensor, ...]:
+def sums_pass(
+    logits: Tensor, target: Tensor, weight: Tensor | None, stats: tuple[Tensor, ...], scale: None, out: Tensor | None,
+    scalars: Scalars,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Packed: the other two statistics, from the first five."""
     z = _capped(logits, scalars)
     row = row_of(stats)
@@ -270,13 +276,19 @@ def sums_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -> tu
     return pack(*_sums(z, h, u, row, target, offset, scalars)), first
 
 
-def loss_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -> tuple[Tensor, ...]:
+def loss_pass(
+    logits: Tensor, target: Tensor, weight: Tensor | None, stats: None, scale: None, out: Tensor | None,
+    scalars: Scalars,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Packed: the four losses, the seven statistics."""
     first, *_, row = _walked(_capped(logits, scalars), target, weight, scalars)
     return pack(*losses_of(row, target, scalars), *row), first
 
 
-def gradient_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -> tuple[Tensor, ...]:
+def gradient_pass(
+    logits: Tensor, target: Tensor, weight: Tensor | None, stats: tuple[Tensor, ...], scale: Tensor, out: Tensor | None,
+    scalars: Scalars,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Packed: the gradient at the target. And the gradient, from the seven statistics."""
     z = _capped(logits, scalars)
     row = row_of(stats)
@@ -291,7 +303,10 @@ def gradient_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -
     return _with_gradient(gradient, logits.dtype, target, out, packed, 0, scalars)
 
 
-def loss_and_gradient_pass(logits, target, weight, stats, scale, out, scalars: Scalars) -> tuple[Tensor, ...]:
+def loss_and_gradient_pass(
+    logits: Tensor, target: Tensor, weight: Tensor | None, stats: None, scale: Tensor, out: Tensor | None,
+    scalars: Scalars,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Packed: the four losses, the gradient at the target. And the gradient."""
     z = _capped(logits, scalars)
     first, offset, e, u, row = _walked(z, target, weight, scalars)

@@ -257,13 +257,17 @@ def single_pass(dtype: torch.dtype, device: torch.device, num_classes: int, opti
     return compute
 
 
-def row_gradient_(logits, target, weight, stats, scale, options: RowOptions) -> Tensor:
+def row_gradient_(
+    logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, scale: Tensor, options: RowOptions
+) -> Tensor:
     """:func:`row_gradient` written over the logits, in eager code only."""
     logits = logits.detach()
     return _run(GRADIENT, logits, target, weight, stats, scale, options, logits)[1]
 
 
-def row_loss_and_gradient_(logits, target, weight, scale, options: RowOptions) -> tuple[Tensor, Tensor]:
+def row_loss_and_gradient_(
+    logits: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, options: RowOptions
+) -> tuple[Tensor, Tensor]:
     """:func:`row_loss_and_gradient` with the gradient written over the logits, in eager code only."""
     logits = logits.detach()
     return _run(LOSS_AND_GRADIENT, logits, target, weight, None, scale, options, logits)

@@ -83,14 +83,20 @@ class _Block:
     def __init__(self, z: Tensor, target: Tensor, weight: Tensor | None, scalars: Scalars, numbers: Numbers) -> None:
         """``z`` (n, K) in the dtype of the arithmetic, and ``weight`` too; the rest as the passes get it."""
         num_classes = z.shape[1]
-        self.slope = None
+        self.slope: Tensor | None = None
         if scalars.softcap is not None:
             tanh = torch.tanh(z / scalars.softcap)
             z, self.slope = tanh * scalars.softcap, 1 - tanh.square_()
-        self.z, self.weight, self.scalars, self.numbers = z, weight, scalars, numbers
-        self.y = self.ignored = self.elsewhere = None
+        self.z: Tensor = z
+        self.weight: Tensor | None = weight
+        self.scalars: Scalars = scalars
+        self.numbers: Numbers = numbers
+        self.y: Tensor | None = None
+        self.ignored: Tensor | None = None
+        self.elsewhere: Tensor | None = None
+        self.share: Tensor | float
         self.share, self.kept = shares(scalars, num_classes)
-        self.smoothed = scalars.label_smoothing is not None
+        self.smoothed: bool = scalars.label_smoothing is not None
         if target.dim() == 2:
             self.target = target
             self.y = target * self.kept + self.share if self.smoothed else target
@@ -101,8 +107,8 @@ class _Block:
             self.ignored = ignored
         local = target if scalars.first_class is None else target - scalars.first_class
         # Where the target is none of the classes, the row is spoilt; where it is another shard's, any will do.
-        self.index = local.clamp(0, num_classes - 1)
-        self.here = self.index == local
+        self.index: Tensor = local.clamp(0, num_classes - 1)
+        self.here: Tensor = self.index == local
         if scalars.all_classes is not None:
             self.elsewhere = (target >= 0) & (target < scalars.all_classes) & ~self.here
             self.kept = torch.where(self.elsewhere, 0, numbers.one * self.kept)
@@ -113,9 +119,11 @@ class _Block:
 
     def exponentials(self, m: Tensor) -> None:
         """d and e."""
+        self.x: Tensor | None
+        self.scratch: list[Tensor | None]
         d, self.x, *self.scratch = _scratch(self.z)
-        self.d = torch.sub(self.z, m, out=d)
-        self.e = self.d.exp()
+        self.d: Tensor = torch.sub(self.z, m, out=d)
+        self.e: Tensor = self.d.exp()
 
     def lse(self) -> Row:
         """The first five statistics."""
@@ -145,12 +153,14 @@ class _Block:
     def coin(self, exp_sum: Tensor, wants_h: bool) -> None:
         """u, h and log Σ exp d."""
         numbers = self.numbers
-        self.log_sum = exp_sum.log()
+        self.log_sum: Tensor = exp_sum.log()
         off, scaled = self.log_sum + numbers.log_c, exp_sum * numbers.c
         lost = off.neg().exp_().mul_(scaled).sub_(numbers.one)  # by the rounding of off, see formulas.offset_of
         # At -inf logits t stays finite, so that nothing multiplies 0 by infinity. NaN comes back with off.
         t = F.threshold_(self.d, -1e4, -1e4).sub_(off).sub_(lost)
         x = torch.mul(self.e, scaled.reciprocal_(), out=self.x)
+        self.u: Tensor
+        self.h: Tensor | None
         self.u, self.h = _coin(t, x, self.scratch, wants_h, numbers)
 
     def sums(self) -> tuple[Tensor, Tensor]:
@@ -289,16 +299,9 @@ def ordinary(
 
 
 def run(
-    function: Pass,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    stats: Tensor | None,
-    scale: Tensor | None,
-    out: Tensor | None,
-    scalars: Scalars,
-    numbers: Numbers,
-) -> tuple[Tensor | None, Tensor | None]:
+    function: Pass, logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor | None, scale: Tensor | None,
+    out: Tensor | None, scalars: Scalars, numbers: Numbers,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """A pass over all rows, a block at a time: the columns of each, (how many, N), and the gradient, in ``out``.
 
     ``out`` may be the logits: each block of the gradient is written when nothing reads its logits any more.

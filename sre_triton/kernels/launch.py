@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -45,7 +46,7 @@ def _device(index: int | None) -> Device:
     )
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Triton launches on the current device."""
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
@@ -110,7 +111,9 @@ def _variant(
     )
 
 
-def launch(kernel, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, **arguments) -> None:
+def launch(
+    kernel: Any, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, **arguments: Any
+) -> None:
     """Launch a kernel over the rows of the logits, with the Inputs, Scalars and Variant for them."""
     num_rows, num_classes = logits.shape
     if num_rows == 0 or num_classes == 0:

@@ -118,14 +118,18 @@ def row_gradient(
 # For eager code only. Autograd does not see what a kernel writes, so its version counter is moved by hand.
 
 
-def row_loss_and_gradient_(logits, target, weight, scale, options: RowOptions) -> tuple[Tensor, Tensor]:
+def row_loss_and_gradient_(
+    logits: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, options: RowOptions
+) -> tuple[Tensor, Tensor]:
     """:func:`row_loss_and_gradient` with the gradient written over the logits."""
     losses = _launch_row_loss(logits, target, weight, options, scale=scale, gradient=logits)
     torch.autograd.graph.increment_version(logits)
     return losses, logits.detach()
 
 
-def row_gradient_(logits, target, weight, stats, scale, options: RowOptions) -> Tensor:
+def row_gradient_(
+    logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, scale: Tensor, options: RowOptions
+) -> Tensor:
     """:func:`row_gradient` written over the logits."""
     _launch_row_gradient(logits, logits, target, weight, stats, scale, options)
     torch.autograd.graph.increment_version(logits)

@@ -183,7 +183,7 @@ def row_stats(
     options: RowOptions,
     group: "dist.ProcessGroup",
     factor: float | Tensor,
-    call: tuple = (),
+    call: tuple[object, ...] = (),
     rest: Tensor | None = None,  # (any,)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The losses (4, N) and statistics (7, N) of whole rows, and the sum of ``rest`` over the ranks: two collectives.
