@@ -4,6 +4,7 @@ import ast
 import csv
 import doctest
 import inspect
+import json
 import math
 import os
 import re
@@ -121,7 +122,9 @@ def either(which: bool, shard: VocabShard | None = None) -> Tensor:
 """
 
 
-def test_a_users_file_passes_a_strict_type_checker(tmp_path):
+@pytest.fixture
+def users_files(tmp_path):
+    """A folder with use.py, which is right, and wrong.py, whose lines 4 and 5 are not."""
     page = (ROOT / "README.md").read_text()
     first = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
     (tmp_path / "use.py").write_text(USE.format(readme=first))
@@ -130,12 +133,41 @@ def test_a_users_file_passes_a_strict_type_checker(tmp_path):
         "x, y = torch.zeros(2, 3), torch.zeros(2)\n"
         "self_regularized_entropy(x, y).cross_entropy\nself_regularized_entropy(x, y, lambda_=1)\n"
     )
-    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path / "cache"]
-    done = subprocess.run([*command, "use.py", "wrong.py"], cwd=tmp_path, capture_output=True, text=True)
+    return tmp_path
+
+
+def test_a_users_file_passes_a_strict_type_checker(users_files):
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", users_files / "cache"]
+    done = subprocess.run([*command, "use.py", "wrong.py"], cwd=users_files, capture_output=True, text=True)
     said = [line.split(": error: ") for line in done.stdout.splitlines() if ": error: " in line]
     assert {place for place, _ in said} == {"wrong.py:4", "wrong.py:5"}, done.stdout
     assert "cross_entropy" in said[0][1]
     assert "lambda_" in said[1][1]
+
+
+def basedpyright(*arguments, cwd):
+    """What it says. With --verifytypes it looks for packages where the first python of PATH does."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = [sys.executable, "-m", "basedpyright", "--outputjson", *arguments]
+    done = subprocess.run(command, cwd=cwd, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_users_file_passes_another_type_checker(users_files):
+    found = basedpyright("use.py", "wrong.py", cwd=users_files)["generalDiagnostics"]
+    said = [one for one in found if one["severity"] == "error"]
+    places = [(Path(one["file"]).name, one["range"]["start"]["line"] + 1) for one in said]
+    assert places == [("wrong.py", 4), ("wrong.py", 5)], said
+    assert "cross_entropy" in said[0]["message"]
+    assert said[1]["rule"] == "reportCallIssue"
+
+
+def test_every_name_has_a_type(tmp_path):
+    found = basedpyright("--verifytypes", "sre_triton", "--ignoreexternal", cwd=tmp_path)["typeCompleteness"]
+    assert Path(found["packageRootDirectory"]) == Path(sre_triton.__file__).parent
+    assert [symbol["name"] for symbol in found["symbols"] if not symbol["isTypeKnown"]] == []
+    assert found["completenessScore"] == 1
 
 
 def test_exports():
