@@ -287,6 +287,7 @@ def test_language_model_example(tmp_path):
 
 
 def test_linear_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, uncompiled):
+    monkeypatch.setenv("SRE_TRITON_COMPILE", "1")  # which it sets, is gone afterwards
     sys.path.insert(0, str(ROOT / "perf"))
     try:
         import sweep_linear
@@ -356,6 +357,7 @@ def sweep_shards(_, *given):
 
 
 def test_shards_sweep_writes_its_table_and_its_picture(tmp_path, monkeypatch, ranks, uncompiled):
+    monkeypatch.setenv("SRE_TRITON_COMPILE", "1")  # which it sets, is gone afterwards
     monkeypatch.syspath_prepend(ROOT / "perf")
     import sweep_shards as script
 
