@@ -37,6 +37,7 @@ class Arguments(NamedTuple):
     wanted: tuple[bool, ...]  # which of the inputs gets a gradient
     layout: object  # of DTensors (sharding/dtensor.py), or None
     plan: "Plan | None" = None  # of an ordinary call
+    is_single_pass: bool = False  # an ordinary call that wants its gradient at once, in memory of its own
 
     @property
     def rows(self) -> Tensor:
@@ -76,6 +77,13 @@ def _plan(dtype: torch.dtype, device: torch.device, num_classes: int, *values: f
     return Plan(backend, row_options, primitives(backend).single_pass(dtype, device, num_classes, row_options))
 
 
+def recomputes(options: Options, dtype: torch.dtype) -> bool:
+    """Whether the gradient of logits is computed in the backward."""
+    if options.recompute is None:
+        return dtype == torch.float16 or options.reduction == "none"
+    return options.recompute
+
+
 def _with_number(options: Options) -> Options:
     """The options with λ as a number, where it is a tensor on the CPU that nobody would complain of, as a module's."""
     reg_weight = options.reg_weight
@@ -100,6 +108,7 @@ def of_ordinary_logits(input: Tensor, target: Tensor, options: Options) -> Argum
         and input.dtype in FLOATS
         and target.dtype is torch.int64
         and input.layout is target.layout is torch.strided
+        and not input.is_meta
         and not (is_watched() or in_forward_mode() or is_jit_tracing() or input.is_nested or target.is_nested)
     ):
         return None
@@ -110,11 +119,15 @@ def of_ordinary_logits(input: Tensor, target: Tensor, options: Options) -> Argum
     num_rows, num_classes = input.shape
     if num_classes == 0 or target.shape != (num_rows,) or target.device != input.device:
         return None
-    plan = _plan(input.dtype, input.device, num_classes, *options)
-    check_many_classes(options, num_classes)
+    try:
+        plan = _plan(input.dtype, input.device, num_classes, *options)
+    except (TypeError, ValueError, RuntimeError):  # which is raised in its turn, where any call is looked at
+        return None
+    none_ignored = check_range(target, num_classes, options.ignore_index, watched=False)
     wanted = torch.is_grad_enabled() and input.requires_grad
     if options.inplace and wanted:
         check_inplace(input)
+    check_many_classes(options, num_classes)
     return Arguments(
         inputs=(input,),
         target=target,
@@ -122,10 +135,11 @@ def of_ordinary_logits(input: Tensor, target: Tensor, options: Options) -> Argum
         options=options,
         num_classes=num_classes,
         shape=target.shape,
-        none_ignored=check_range(target, num_classes, options.ignore_index, watched=False),
+        none_ignored=none_ignored,
         wanted=(wanted,),
         layout=None,
         plan=plan,
+        is_single_pass=wanted and not options.inplace and not recomputes(options, input.dtype),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .arguments import Arguments
+from .arguments import Arguments, recomputes
 from .backend import primitives
 from .internals import is_batched, is_transformed, is_watched
 from .messages import DOUBLE_BACKWARD, FORWARD_AD, SECOND_BACKWARD
@@ -188,7 +188,7 @@ def _no_forward_ad(ctx: Any, *tangents: Tensor | None) -> NoReturn:
     raise NotImplementedError(FORWARD_AD)
 
 
-class _Ordinary(torch.autograd.Function):
+class OrdinarySinglePass(torch.autograd.Function):
     """SinglePass for an ordinary call (arguments.Plan), with as few objects and calls as there can be."""
 
     @staticmethod
@@ -216,9 +216,6 @@ class _Ordinary(torch.autograd.Function):
         return _hand_over(ctx, grad_loss, grad_gradient), None, None
 
     jvp = staticmethod(_no_forward_ad)
-
-
-_Ordinary.__name__ = _Ordinary.__qualname__ = SinglePass.__name__  # what grad_fn and profilers show
 
 
 @functools.cache
@@ -276,11 +273,8 @@ def loss_of_logits(arguments: Arguments, call: Call) -> tuple[Tensor, Tensor, Te
     if backend == "eager":
         loss, losses = eager.losses_of_rows(rows, target, weight, arguments.none_ignored, options)
         return reduced(loss, factor, reduction, backend), losses, factor
-    (wants_gradient,), recompute = arguments.wanted, arguments.options.recompute
-    if recompute is None:
-        recompute = rows.dtype == torch.float16 or reduction == "none"
-    if arguments.plan is not None and wants_gradient and not recompute and not arguments.options.inplace:
-        loss, losses, _ = _Ordinary.apply(rows, arguments, call)
+    if arguments.is_single_pass:
+        loss, losses, _ = OrdinarySinglePass.apply(rows, arguments, call)
         return loss, losses, factor
     known = None, None
     if shard is not None:
@@ -288,10 +282,12 @@ def loss_of_logits(arguments: Arguments, call: Call) -> tuple[Tensor, Tensor, Te
         if call.divide:
             counted = (target != options.ignore_index) & (target >= 0) & (target < arguments.num_classes)
             factor = factor / torch.where(counted, stats[4], 0).sum()
+    (wants_gradient,) = arguments.wanted
     if wants_gradient or is_transformed():
         watched = is_watched()
         inplace = arguments.options.inplace and wants_gradient and not watched and _own_rows(rows)
-        function = Recompute if recompute or not wants_gradient else SinglePass
+        recompute = not wants_gradient or recomputes(arguments.options, rows.dtype)
+        function = Recompute if recompute else SinglePass
         given = rows, target, weight, factor, *known, backend, reduction, inplace, options
         loss, losses, _ = apply(function, watched, *given)
         return loss, losses, factor

@@ -57,7 +57,7 @@ def _factor_of(arguments: Arguments, reduction: str, divide: bool, backend: str)
         return denominator.detach().to(rows.device, dtype).reciprocal()
     if torch.compiler.is_compiling():  # which would compile the number in
         return torch.ones((), dtype=dtype, device=rows.device) / denominator
-    if arguments.plan is not None and rows.is_cpu:
+    if arguments.is_single_pass and rows.is_cpu:
         return _kept_inverse(denominator, dtype)
     return _inverse(denominator, dtype, rows.device)
 
@@ -69,7 +69,7 @@ def _inverse(denominator: float, dtype: torch.dtype, device: torch.device) -> Te
 
 @functools.lru_cache(maxsize=64)
 def _kept_inverse(denominator: float, dtype: torch.dtype) -> Tensor:
-    """The same on the CPU, where nothing writes over it: for ordinary calls."""
+    """The same on the CPU: for calls that neither save nor return it, as who has it may write over it."""
     with torch.inference_mode(False):
         return _inverse(denominator, dtype, torch.device("cpu"))
 

@@ -26,7 +26,7 @@ from .. import internals
 from ..messages import COMPILING, FAILED, NO_COMPILER, SWITCHED_OFF, lasting_failure, warn_user
 from .columns import SHORT
 from .passes import Scalars
-from .waiting import pays
+from .waiting import count_again, pays
 
 FEWEST = 8  # classes that are compiled for
 
@@ -240,6 +240,7 @@ def _compile_once(key: int, function: Callable, args: tuple) -> Callable | None:
         reason = internals.why_nothing_is_compiled()
         if reason is not None:
             _say(reason)
+            count_again(key)
             return None
         _compiled[key], warning = _tried(function, args)
     if warning is not None:  # which may be an error, once: the next call finds what failed
@@ -284,8 +285,10 @@ def version_of(key: int) -> Callable[[tuple], tuple[Tensor, ...]] | None:
 
 
 def stays_uncompiled(key: int, device_type: str, num_logits: int, now: bool) -> bool:
-    """Whether nothing is to be compiled for this call: it does not pay yet, or no compiler was found before."""
-    return device_type in _uncompiled or not (now or pays(key, num_logits))
+    """Whether nothing is to be compiled for this call: it does not pay yet, is not wanted, or has failed before."""
+    if device_type in _uncompiled or (key in _compiled and _compiled[key] is None):
+        return True
+    return not now and (internals.is_forced_eager() or not pays(key, num_logits))
 
 
 def compiled_pass(

@@ -229,7 +229,7 @@ def single_pass(dtype: torch.dtype, device: torch.device, num_classes: int, opti
     key = key_of(loss_and_gradient_pass, num_classes, kind, dtype, device, 1, True, 0, None)
     is_compiled = scalars.softcap is None and num_classes >= FEWEST
     extras = scalars.label_smoothing, scalars.z_loss, scalars.softcap
-    is_simple, exact = num_classes <= SHORT and extras == (None,) * 3, compute_dtype(dtype)
+    is_simple, exact = 1 < num_classes <= SHORT and extras == (None,) * 3, compute_dtype(dtype)
     device_type, now, largest = device.type, options.compile_now, uncompiled.BLOCK // num_classes
 
     def compute(
@@ -240,13 +240,15 @@ def single_pass(dtype: torch.dtype, device: torch.device, num_classes: int, opti
         ``all_count`` says that all targets were seen to be classes, and none to be ignored.
         """
         num_rows = rows.shape[0]
-        if is_compiled and num_rows > 1 and rows.is_contiguous():
+        may_be_compiled = is_compiled and num_rows > 1
+        is_whole = rows.is_contiguous()  # others have another version
+        if may_be_compiled and is_whole:
             compiled = version_of(key)
             if compiled is not None:
                 packed, gradient, *_ = compiled((rows, target.contiguous(), None, None, factor, None, scalars))
                 return packed.select(1, 0), packed.t()[:NUM_LOSSES] if return_parts else None, gradient
-        fits = is_simple and all_count and 0 < num_rows <= largest
-        if fits and stays_uncompiled(key, device_type, num_rows * num_classes, now):
+        fits = is_simple and all_count and 0 < num_rows <= largest and is_whole
+        if fits and (not may_be_compiled or stays_uncompiled(key, device_type, num_rows * num_classes, now)):
             if dtype == exact:  # else two calls that do nothing
                 return uncompiled.ordinary(rows, target, factor, return_parts, numbers)
             loss, losses, gradient = uncompiled.ordinary(rows.to(exact), target, factor, return_parts, numbers)
