@@ -3,7 +3,7 @@
     python perf/profile_cpu.py [N] [K]
 
 Prints PyTorch's profile of 20 steps, with the page faults of each, and where Inductor has put the C++ of the loop:
-"graph_0_cpp_fused..." is that loop, `OrdinarySinglePass` what Python does around it.
+"graph_0_cpp_fused..." is that loop, `_OrdinarySinglePass` what Python does around it.
 """
 
 import argparse

@@ -188,7 +188,7 @@ def _no_forward_ad(ctx: Any, *tangents: Tensor | None) -> NoReturn:
     raise NotImplementedError(FORWARD_AD)
 
 
-class OrdinarySinglePass(torch.autograd.Function):
+class _OrdinarySinglePass(torch.autograd.Function):
     """SinglePass for an ordinary call (arguments.Plan), with as few objects and calls as there can be."""
 
     @staticmethod
@@ -274,7 +274,7 @@ def loss_of_logits(arguments: Arguments, call: Call) -> tuple[Tensor, Tensor, Te
         loss, losses = eager.losses_of_rows(rows, target, weight, arguments.none_ignored, options)
         return reduced(loss, factor, reduction, backend), losses, factor
     if arguments.is_single_pass:
-        loss, losses, _ = OrdinarySinglePass.apply(rows, arguments, call)
+        loss, losses, _ = _OrdinarySinglePass.apply(rows, arguments, call)
         return loss, losses, factor
     known = None, None
     if shard is not None:
