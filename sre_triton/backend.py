@@ -88,11 +88,13 @@ def backend_of(backend: str | None, rows: Tensor, target: Tensor, weight: Tensor
 
 def primitives(name: str) -> ModuleType:
     """The module that holds the backend's primitives."""
-    if name in _modules:
+    tracing = torch.compiler.is_compiling()  # whose graph would depend on what is loaded
+    if not tracing and name in _modules:
         return _modules[name]
     if name == "triton":
         from .kernels import primitives as of_backend
     else:
         from .compiled import primitives as of_backend
-    _modules[name] = of_backend
+    if not tracing:
+        _modules[name] = of_backend
     return of_backend

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from sre_triton import backend, self_regularized_entropy
 from sre_triton.compiled import primitives as compiled_primitives
@@ -31,6 +32,17 @@ def test_an_explicit_backend_is_taken(name, monkeypatch, uncompiled):
     monkeypatch.setattr(compiled_primitives, "LOSS", spy)
     self_regularized_entropy(z, y, backend=name)
     assert bool(calls) == (name == "compile")
+
+
+def test_a_graph_does_not_depend_on_what_was_loaded(monkeypatch, uncompiled):
+    monkeypatch.setattr(backend, "_modules", {})
+    torch.compiler.reset()
+    counter = CompileCounter()
+    graph = torch.compile(lambda z: self_regularized_entropy(z, y), fullgraph=True, backend=counter)
+    for _ in range(2):
+        graph(z.clone().requires_grad_()).backward()
+        self_regularized_entropy(z.clone().requires_grad_(), y).backward()
+    assert counter.frame_count == 1
 
 
 def test_compile_refuses_a_gradient_to_the_target():
