@@ -89,7 +89,7 @@ def _with_number(options: Options) -> Options:
     reg_weight = options.reg_weight
     plain = reg_weight.is_cpu and reg_weight.layout is torch.strided and not reg_weight.is_nested
     if plain and reg_weight.dtype is torch.float32 and reg_weight.dim() == 0:
-        value = reg_weight.item()
+        value = reg_weight.item()  # on a CPU
         if math.isfinite(value) and not reg_weight.requires_grad:
             return Options(options.c, value, *options[2:])  # _replace takes 2 us
     return options

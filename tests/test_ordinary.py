@@ -75,6 +75,18 @@ def test_what_has_failed_or_is_switched_off_stays_as_it_is(ordinary, monkeypatch
     assert len(ordinary) == 3
 
 
+def test_while_torch_compile_is_disabled_it_waits_again(ordinary, monkeypatch):
+    logits, target, _ = problem(32, 10, {})
+    monkeypatch.setattr(waiting, "ENOUGH", 2 * (waiting.CALL + 320))
+    seen = []
+    with torch._dynamo.config.patch(disable=True):
+        for _ in range(4):
+            loss_and_gradient(logits, target)
+            seen.append(len(ordinary))
+    assert seen == [1, 1, 2, 2]  # every second call asks whether it may be compiled by now
+    assert not inductor._compiled
+
+
 def test_the_first_error_is_that_of_any_call():
     logits, target = torch.zeros(6, 9), torch.full((6,), 99)
     parameter = torch.nn.Parameter(logits)

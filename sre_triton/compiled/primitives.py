@@ -277,6 +277,6 @@ def row_loss_and_gradient_(
 
 def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
     """Multiply the stored gradient (N, K) by the upstream one, () or (N,), in place; by 1 costs nothing on a CPU."""
-    if factor.dim() == 0 and factor.is_cpu and factor.item() == 1:
+    if factor.dim() == 0 and factor.is_cpu and factor.item() == 1:  # on a CPU
         return gradient
     return gradient.mul_(factor.unsqueeze(-1))
