@@ -2,14 +2,18 @@
 # All that a GPU shows, in ten minutes: the tests, the sweeps in bf16 and fp32 beside the peers that are installed, the
 # predictions beside the measurements, what it costs to shard, and a short run under compute-sanitizer where that is there.
 #
-#     bash perf/gpu.sh [FOLDER]        results in FOLDER, by default perf/results/<device>
+#     bash perf/gpu.sh [FOLDER]        results in FOLDER, by default perf/out/<device>, which git ignores
 #
 # What is done is written when it is done: an interrupted run leaves everything before.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-device=$(python -c "import re, torch; print(re.sub('[^A-Za-z0-9]+', '-', torch.cuda.get_device_name()).strip('-'))") || exit
-folder=${1:-perf/results/$device}
+device=$(python -c "
+import re, sys, torch
+if not torch.cuda.is_available():
+    sys.exit('perf/gpu.sh: expected a GPU that PyTorch sees; python perf/sweep_k.py measures the CPU')
+print(re.sub('[^A-Za-z0-9]+', '-', torch.cuda.get_device_name()).strip('-'))") || exit
+folder=${1:-perf/out/$device}
 mkdir -p "$folder/float32"
 
 part() { # NAME SECONDS COMMAND...

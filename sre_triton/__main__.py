@@ -1,5 +1,6 @@
 """``python -m sre_triton``: what a report of a fault needs."""
 
+import os
 import platform
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import torch
 import sre_triton
 
 from .backend import choose, why_not_triton
+from .compiled import waiting
 from .internals import cpp_compiler
 
 
@@ -38,6 +40,7 @@ def main() -> None:
     print(f"triton      {triton}")
     print(f"python      {platform.python_version()}, {platform.platform()}")
     print(f"compiler    {_version_of(cpp_compiler())}")
+    print(f"compiles    {waiting.WHEN} ({waiting.VARIABLE}={os.environ.get(waiting.VARIABLE, '')})")
     print(f"threads     {torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}")
     for device in _devices():
         name = "" if device.type == "cpu" else f" ({torch.get_device_module(device).get_device_name(device)})"

@@ -1,6 +1,7 @@
 """What scripts leave: whole files in their folder, what was measured when interrupted, a line for what is wrong."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -89,4 +90,16 @@ def test_wrong_arguments_end_in_one_line_before_anything_is_written(script, wron
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert said in done.stderr.splitlines()[-1]
+    assert not any(tmp_path.iterdir())
+
+
+def test_without_a_gpu_its_script_ends_in_one_line(tmp_path):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PATH": path}
+    command = ["bash", ROOT / "perf" / "gpu.sh", tmp_path / "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=hidden, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "perf/gpu.sh: expected a GPU that PyTorch sees; python perf/sweep_k.py measures the CPU"
+    ]
     assert not any(tmp_path.iterdir())

@@ -19,7 +19,7 @@ import torch
 
 import sre_triton
 from sre_triton import backend, functional, modules, schedule
-from sre_triton.compiled import inductor
+from sre_triton.compiled import inductor, waiting
 
 ROOT = Path(__file__).parents[1]
 # Of processes that compile nothing: mnist.py does, and test_integrations.py runs a page that does.
@@ -90,6 +90,7 @@ def test_a_report_of_the_machine():
     assert lines["sre_triton"].endswith(sre_triton.__version__)
     assert torch.__version__ in lines["torch"]
     assert re.search(r"\d+\.\d+", lines["compiler"])
+    assert lines["compiles"].split(maxsplit=1)[1].startswith(waiting.WHEN)
     assert lines["cpu:"].startswith("cpu: backend='")
     assert f"backend={backend.choose(None, torch.zeros(1, 2), False)!r}" in lines["cpu:"]
 

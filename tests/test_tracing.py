@@ -25,7 +25,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 # Tracers' own warnings: of torch.jit from torch 2.14 on, of decompositions and torch.export.load in 2.11.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.*(deprecated|not supported in Python)"),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.*deprecated"),
     pytest.mark.filterwarnings("ignore:The given buffer is not writable"),
 ]

@@ -9,19 +9,19 @@ same way each time it runs; gradients then change by roundings once, at the same
 import math
 import os
 
-MANY = 2**21  # logits in one call: at once
 CALL = 2**14  # logits that take as long as a call
-ENOUGH = 2**32  # logits in all calls
 
 VARIABLE = "SRE_TRITON_COMPILE"  # of the environment
-MEANINGS = {"": (MANY, ENOUGH), "1": (0, 0), "0": (math.inf, math.inf)}
+MEANINGS = {  # logits in one call from which on it compiles at once, logits in all calls that are enough, and in words
+    "": (2**21, 2**32, "when it pays: few logits run uncompiled at first"),
+    "1": (0, 0, "at the first call"),
+    "0": (math.inf, math.inf, "never, unless backend='compile'"),
+}
 
 if os.environ.get(VARIABLE, "") not in MEANINGS:
-    raise ValueError(
-        f"{VARIABLE}: expected 1 (compile at the first call), 0 (never, unless backend='compile') or nothing (when it "
-        f"pays), got {os.environ[VARIABLE]!r}"
-    )
-MANY, ENOUGH = MEANINGS[os.environ.get(VARIABLE, "")]
+    expected = "; ".join(f"{value or 'nothing'} (compile {words})" for value, (*_, words) in MEANINGS.items())
+    raise ValueError(f"{VARIABLE}: expected {expected}; got {os.environ[VARIABLE]!r}")
+MANY, ENOUGH, WHEN = MEANINGS[os.environ.get(VARIABLE, "")]
 
 _waited: dict[int, int] = {}  # by key of a version: the logits of the calls that it was not compiled for
 

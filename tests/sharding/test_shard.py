@@ -6,6 +6,7 @@ import io
 import itertools
 import os
 import pickle
+import re
 import sys
 import time
 import warnings
@@ -876,6 +877,7 @@ def refused(group):
 
 def test_errors_say_what_was_expected(ranks):
     (said,) = ranks.run(1, refused)
+    said = [re.sub("<int .*>", "<int>", message) for message in said]  # from Python 3.15 on with its size
     assert said == [
         "input: expected logits of the shard's 30 classes in dimension 1, got a float32 tensor of shape (9, 60)",
         "target: expected probabilities of 30 or 60 classes in dimension 1, got a float32 tensor of shape (9, 31)",
