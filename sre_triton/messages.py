@@ -145,7 +145,9 @@ SWITCHED_OFF = "sre_triton compiles nothing now, and runs uncompiled, several ti
 NO_COMPILER_ERRORS = ("InvalidCxxCompiler", "CppCompileError")
 NO_TRITON_ERRORS = ("TritonMissing", "GPUTooOldForTriton")
 # Of a folder or disk.
-UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
+UNWRITABLE = (
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+)  # fmt: skip
 
 
 def lasting_failure(error: BaseException) -> str | None:

@@ -211,16 +211,20 @@ def _tried(function: Callable, args: tuple) -> tuple[Callable | None, str | None
     try:
         return _compile(function, args), None
     except Exception as error:
-        causes = [error]
-        while (cause := getattr(causes[-1], "inner_exception", None) or causes[-1].__cause__) is not None:
-            causes.append(cause)
-        warning = next(filter(None, map(lasting_failure, causes)), None)
-        if warning is None:
-            logger.warning("torch.compile failed", exc_info=error)
-            warning = FAILED.format(type(causes[-1]).__name__, str(causes[-1])[:200])
-        else:
-            _uncompiled.add(device)
-        return None, warning
+        return None, _warning_of(error, device)
+
+
+def _warning_of(error: Exception, device: str) -> str:
+    """What to warn of where nothing could be compiled; an error that will last is noted."""
+    causes = [error]
+    while (cause := getattr(causes[-1], "inner_exception", None) or causes[-1].__cause__) is not None:
+        causes.append(cause)
+    warning = next(filter(None, map(lasting_failure, causes)), None)
+    if warning is None:
+        logger.warning("torch.compile failed", exc_info=error)
+        return FAILED.format(type(causes[-1]).__name__, str(causes[-1])[:200])
+    _uncompiled.add(device)
+    return warning
 
 
 def _say(reason: str) -> None:
@@ -235,14 +239,19 @@ def _compile_once(key: int, function: Callable, args: tuple) -> Callable | None:
     with _lock:
         if key in _compiled:
             return _compiled[key]
-        if args[0].device.type in _uncompiled:  # since this call has asked
+        device = args[0].device.type
+        if device in _uncompiled:  # since this call has asked
             return None
-        reason = internals.why_nothing_is_compiled()
-        if reason is not None:
-            _say(reason)
-            count_again(key)
-            return None
-        _compiled[key], warning = _tried(function, args)
+        try:
+            reason = internals.why_nothing_is_compiled()
+        except Exception as error:  # to import torch.compile makes the folder it writes to
+            _compiled[key], warning = None, _warning_of(error, device)
+        else:
+            if reason is not None:
+                _say(reason)
+                count_again(key)
+                return None
+            _compiled[key], warning = _tried(function, args)
     if warning is not None:  # which may be an error, once: the next call finds what failed
         warn_user(warning, RuntimeWarning)
     return _compiled[key]

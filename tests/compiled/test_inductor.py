@@ -212,8 +212,7 @@ def run(code, **environment):
     ).stdout
 
 
-def test_without_a_compiler_the_blocks_run_uncompiled_with_one_warning(tmp_path):
-    code = """
+WARNINGS_OF_CALLS = """
 import warnings, torch
 from sre_triton import self_regularized_entropy
 with warnings.catch_warnings(record=True) as caught:
@@ -225,7 +224,20 @@ with warnings.catch_warnings(record=True) as caught:
 caught = [warning for warning in caught if not issubclass(warning.category, DeprecationWarning)]  # torch 2.11's own
 print([f"{warning.category.__name__}: {warning.message}" for warning in caught])
 """
-    out = run(code, CXX="/nonexistent/compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path), PATH="/nonexistent")
+
+
+@pytest.mark.parametrize("folder", ["file", "file/folder"])
+def test_a_folder_that_cannot_be_made_when_torch_compile_is_imported_is_one_warning(folder, tmp_path):
+    (tmp_path / "file").touch()
+    out = run(WARNINGS_OF_CALLS, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / folder))
+    assert out.count("Warning: ") == 1
+    assert "RuntimeWarning: sre_triton runs uncompiled" in out
+    assert "Set TORCHINDUCTOR_CACHE_DIR to a folder that can be written" in out
+
+
+def test_without_a_compiler_the_blocks_run_uncompiled_with_one_warning(tmp_path):
+    cache, nothing = str(tmp_path), "/nonexistent"
+    out = run(WARNINGS_OF_CALLS, CXX=f"{nothing}/compiler", TORCHINDUCTOR_CACHE_DIR=cache, PATH=nothing)
     assert out.count("RuntimeWarning") == 1
     assert "g++" in out
     assert out.count("Warning: ") == 1
