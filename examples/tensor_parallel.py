@@ -11,6 +11,11 @@ takes it as it takes a tensor. The text is that of lm.py.
 Where there are as many GPUs, each rank takes one. Prints H before and after: the same on any number of ranks, and on 1.
 """
 
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):  # until main begins, Ctrl-C ends the process without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import math
 import os
@@ -118,6 +123,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:

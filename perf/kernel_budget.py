@@ -27,6 +27,11 @@ measured on one. For each multiprocessor it takes the slowest of
 So loads and arithmetic overlap perfectly wherever two rows are under way. They never quite do.
 """
 
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):  # until main begins, Ctrl-C ends the process without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import csv
 import sys
@@ -36,7 +41,7 @@ from pathlib import Path
 import torch
 import triton
 from cross_compile import MULTIPROCESSORS, SHARED, TARGETS, Code, compile_only
-from output import positive, replacing, run_script
+from output import file, positive, replacing, run_script
 from tqdm import tqdm
 
 from sre_triton.kernels import primitives
@@ -214,7 +219,7 @@ def table(
         ]
     else:
         cases = [(target, kernel, dtype, K) for kernel in kernels for dtype in DTYPES for K in classes or CLASSES]
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)) as pool:
         futures = [pool.submit(line, *case) for case in cases]
         rows = [future.result() for future in tqdm(futures, unit="kernel", disable=None)]
     if options:
@@ -260,10 +265,10 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
 
 def against(rows: list[dict[str, object]], path: Path) -> None:
     """Predicted and measured share of the copy's bandwidth, for each K that both have."""
-    with path.open(newline="") as file:
+    with path.open(newline="") as table:
         measured = {
             (row["dtype"], int(row["K"])): 1 / float(row["times_copy"])
-            for row in csv.DictReader(file)
+            for row in csv.DictReader(table)
             if row["contender"] == "sre_triton (triton)"
         }
     print(f"{'dtype':10}{'K':>8}{'predicted':>11}{'measured':>10}")
@@ -278,7 +283,7 @@ def main() -> None:
     parser.add_argument("--target", choices=TARGETS, default=H100, help="default: %(default)s")
     parser.add_argument("--classes", type=positive, nargs="+", metavar="K", help="other numbers of classes")
     parser.add_argument("--options", action="store_true", help="a table of what the options cost")
-    parser.add_argument("--against", type=Path, metavar="CSV", help="print predictions beside a sweep of sweep_k.py")
+    parser.add_argument("--against", type=file, metavar="CSV", help="print predictions beside a sweep of sweep_k.py")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table as well")
     args = parser.parse_args()
     if args.options and args.plot:

@@ -11,6 +11,7 @@ import csv
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +28,8 @@ def device(name: str) -> torch.device:
     """An argument's value: a device of this machine."""
     try:
         found = torch.device(name)
-        torch.empty(0, device=found)
+        if found.type != "cpu":
+            torch.get_device_module(found).get_device_name(torch.empty(0, device=found).device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0][:100]
         raise argparse.ArgumentTypeError(f"expected a device of this machine, got {name!r} ({reason})") from None
@@ -39,6 +41,13 @@ def positive(number: str) -> int:
     if not number.isdecimal() or int(number) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {number!r}")
     return int(number)
+
+
+def file(name: str) -> Path:
+    """An argument's value: a file that is there."""
+    if not Path(name).is_file():
+        raise argparse.ArgumentTypeError(f"expected a file that is there, got {name!r}")
+    return Path(name)
 
 
 def add_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
@@ -54,7 +63,10 @@ def folder_of(args: argparse.Namespace, *own: str) -> Path:
     name = re.sub(r"[^A-Za-z0-9]+", "-", device_name(args.device)).strip("-")
     folder = args.out or Path(__file__).parent.joinpath("out", name, *own)
     folder = folder / "quick" if args.quick else folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--out: expected a folder that is there or can be made, got {folder} ({error.strerror})")
     return folder
 
 
@@ -101,6 +113,7 @@ def collect(
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's ``main``; Ctrl-C ends it with one line."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:

@@ -6,6 +6,11 @@ Prints PyTorch's profile of 20 steps, with the page faults of each, and where In
 "graph_0_cpp_fused..." is that loop, `_OrdinarySinglePass` what Python does around it.
 """
 
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):  # until main begins, Ctrl-C ends the process without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import resource
 

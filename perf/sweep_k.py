@@ -32,6 +32,11 @@ All contenders take their turn in every round, so that a disturbance meets all o
 rounds. What counts is the ratio of two medians of one run: ``times_copy`` and ``times_ours`` (this project's default).
 """
 
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):  # until main begins, Ctrl-C ends the process without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import csv
 import statistics
@@ -330,6 +335,8 @@ def main() -> None:
     args.classes = args.classes or (QUICK_CLASSES if args.quick else CLASSES)
     # More than caches hold: in float32 64 MiB, on a GPU in bfloat16 512 MiB.
     args.elements = 2 ** ((21 if args.quick else 24) if on_cpu else (24 if args.quick else 28))
+    if max(args.classes) > args.elements:
+        parser.error(f"--classes: expected at most {args.elements}, the logits of a case, got {max(args.classes)}")
     args.rounds, args.slow_rounds = (3, 1) if args.quick else (9, 2) if on_cpu else (30, 5)
     folder = folder_of(args, *own)
     if not on_cpu:

@@ -18,6 +18,11 @@ contender, that has done a small step before; on Linux alone. ``times_plain_peak
 this project's loss of its logits.
 """
 
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):  # until main begins, Ctrl-C ends the process without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import csv
 import functools

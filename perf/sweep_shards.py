@@ -18,6 +18,11 @@ counted by PyTorch's profiler: the calls that a rank makes in a step, and the by
 what it sends of them in a ring: W - 1 times what is gathered, 2 (W - 1) / W times what is reduced.
 """
 
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):  # until main begins, Ctrl-C ends the process without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import csv
 import math
@@ -45,6 +50,7 @@ CASES = {
     "cpu": [("strong", 1024, 65536), ("weak", 1024, 16384), ("small", 64, 4096)],
 }
 QUICK = [("strong", 64, 4096), ("weak", 64, 1024)]
+MOST_RANKS = 64
 CPU_RANKS = (1, 2, 4)
 ROUNDS, QUICK_ROUNDS = 9, 2
 
@@ -289,6 +295,8 @@ def main() -> None:
     args.ranks = sorted({1, *(args.ranks or usual)})  # what the others are compared with is always there
     if not on_cpu and args.ranks[-1] > torch.cuda.device_count():
         parser.error(f"--ranks: expected no more than there are GPUs, got {args.ranks}")
+    if args.ranks[-1] > MOST_RANKS:
+        parser.error(f"--ranks: expected at most {MOST_RANKS}, each a process, got {args.ranks[-1]}")
     folder = folder_of(args)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
     os.environ.setdefault("SRE_TRITON_COMPILE", "1")  # few logits are timed as they are after many steps

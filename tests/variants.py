@@ -18,6 +18,11 @@ compiled in a process of its own. Where that ends without an answer, its last wo
 exit status will be 1.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends the process without a word: what was found is written line by line
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import gc
