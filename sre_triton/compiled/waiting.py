@@ -19,8 +19,8 @@ MEANINGS = {  # logits in one call from which on it compiles at once, logits in 
 }
 
 if os.environ.get(VARIABLE, "") not in MEANINGS:
-    expected = "; ".join(f"{value or 'nothing'} (compile {words})" for value, (*_, words) in MEANINGS.items())
-    raise ValueError(f"{VARIABLE}: expected {expected}; got {os.environ[VARIABLE]!r}")
+    _expected = "; ".join(f"{value or 'nothing'} (compile {words})" for value, (*_, words) in MEANINGS.items())
+    raise ValueError(f"{VARIABLE}: expected {_expected}; got {os.environ[VARIABLE]!r}")
 MANY, ENOUGH, WHEN = MEANINGS[os.environ.get(VARIABLE, "")]
 
 _waited: dict[int, int] = {}  # by key of a version: the logits of the calls that it was not compiled for
