@@ -149,6 +149,7 @@ from helpers import options_of
 from sre_triton.kernels import primitives
 
 warnings.simplefilter("error")  # Triton warns where it is left to it whether products and sums are fused
+warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.13's ast, by Triton 3.8
 compiled = compile_only("sm_90")
 for i, N in enumerate((3, 5, 7)):
     logits, target = torch.zeros(N, 1000, dtype=torch.bfloat16), torch.zeros(N, dtype=torch.long)
