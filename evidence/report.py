@@ -14,32 +14,35 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import figures
-import language
-import numpy as np
-import pandas as pd
-import plan
-import results
-from comparison import (
-    LEVELS,
-    SETTING,
-    VERDICT,
-    BySeed,
-    Front,
-    difference,
-    envelope,
-    front_of,
-    images,
-    interval,
-    of_setting,
-    paired,
-    robust,
-    scalars,
-    values,
-)
-from losses import OURS, SPACES, Setting, name_of
-from measures import EPSILONS, OTHER
-from plan import Choice, Size
+try:
+    import figures
+    import language
+    import numpy as np
+    import pandas as pd
+    import plan
+    import results
+    from comparison import (
+        LEVELS,
+        SETTING,
+        VERDICT,
+        BySeed,
+        Front,
+        difference,
+        envelope,
+        front_of,
+        images,
+        interval,
+        of_setting,
+        paired,
+        robust,
+        scalars,
+        values,
+    )
+    from losses import OURS, SPACES, Setting, name_of
+    from measures import EPSILONS, OTHER
+    from plan import Choice, Size
+except ModuleNotFoundError as error:
+    sys.exit(f"{error.name} is missing: pip install '.[evidence]'")
 
 PAGE = results.ROOT / "docs" / "evidence.md"
 TITLES = {"fgsm": "FGSM", "pgd": "PGD-40, 4 starts", "transfer": "transfer", VERDICT: "AutoAttack"}

@@ -23,17 +23,20 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-import data
-import language
-import measures
-import plan
-import report
-import results
-import torch
-from measures import Measure, Trained
-from plan import Size, Task
-from tqdm import tqdm
-from training import checksum, train
+try:
+    import data
+    import language
+    import measures
+    import plan
+    import report
+    import results
+    import torch
+    from measures import Measure, Trained
+    from plan import Size, Task
+    from tqdm import tqdm
+    from training import checksum, train
+except ModuleNotFoundError as error:
+    sys.exit(f"{error.name} is missing: pip install '.[evidence]'")
 
 
 def work(task: Task, size: Size, folder: Path | None) -> tuple[Task, str, dict[str, list[Measure]]]:

@@ -11,7 +11,8 @@ than the device's default, huge pages and --quick have a folder of their own in 
 The roof: a step must read the logits once and write their gradient once, 2 N K times the bytes of an element. That,
 divided by the time of a step, is the bandwidth shown here, for every contender, however often it really moves the
 matrix. Copying the logits moves as much and computes nothing. It is timed in the same rounds, into memory in use and,
-as for a gradient, into new memory, whose page faults cost a CPU more than the copy. N K is the same for all K.
+as for a gradient, into new memory, whose page faults cost a CPU more than the copy. N K is the same for all K, and
+so is what a copy takes: the figure's roof is the median of them all; ``times_copy`` has the copy of the same rounds.
 
 On a GPU other libraries take part where they import (peers.py), and ``peak_MB`` is the memory that a step needs beside
 the logits. ``moves`` counts how often a contender reads or writes a matrix as large as they are, the least being 2: a

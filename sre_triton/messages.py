@@ -124,7 +124,7 @@ NOT_EVERY_CLASS_ONCE = "shard: expected the shards of the group's ranks to hold 
 # ---------------------------------------------------------------------------------------------------------------------
 # What compiled/inductor.py warns of and logs.
 
-COMPILING = "sre_triton compiles %s, once for each set of options: 2 to 15 seconds"
+COMPILING = "sre_triton compiles %s, once for each set of options: 2 to 20 seconds"
 NO_COMPILER = (
     "sre_triton found no usable C++ compiler ({}), so the loss runs uncompiled, several times slower. "
     "Install g++ and Python's headers (Debian, Ubuntu: apt install g++ python3-dev; macOS: xcode-select --install; "

@@ -92,6 +92,10 @@ def test_a_report_of_the_machine():
     assert re.search(r"\d+\.\d+", lines["compiler"])
     assert lines["compiles"].split(maxsplit=1)[1].startswith(waiting.WHEN)
     assert lines["cpu:"].startswith("cpu: backend='")
+    environment = os.environ | {"CXX": "/nonexistent", "TRITON_INTERPRET": "1"}
+    out = subprocess.check_output([sys.executable, "-m", "sre_triton"], text=True, env=environment)
+    assert re.search(r"^variables +CXX=/nonexistent .*TRITON_INTERPRET=1$", out, re.MULTILINE)
+    assert "cpu: backend='compile', uncompiled, as Triton's interpreter is for tests" in out
     assert f"backend={backend.choose(None, torch.zeros(1, 2), False)!r}" in lines["cpu:"]
 
 
