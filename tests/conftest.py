@@ -2,6 +2,7 @@
 
 import collections
 import os
+import sys
 
 import pytest
 import torch
@@ -21,6 +22,9 @@ from sre_triton.compiled import inductor
 
 torch.set_num_threads(1)
 patch_once_a_launch()
+
+if sys.version_info[:3] == (3, 13, 0):
+    torch._dynamo.config.issue_3_13_0_warning = False  # Dynamo warns that its guards are slow there
 
 
 @pytest.fixture(autouse=True)
