@@ -6,10 +6,10 @@
     python perf/kernel_budget.py --plot budget.png            and drawn
     python perf/kernel_budget.py --against sweep_k.csv        predictions beside what a GPU did
 
-Instructions and special functions (exponentials, logarithms, reciprocals) are those that a thread executes, for each
-lane: each class of its tiles, whether there is such a class or not. What a row needs once is in it, the start of a
-program that goes from row to row divided by its rows. ``lanes_per_logit`` says how many lanes there are for a class,
-``vector_loads`` which share of the bytes of tiles is read sixteen at a time.
+Instructions and special functions (exponentials, logarithms, reciprocals) are those that all threads of a row execute,
+divided by its classes. What a row needs once is in it, the start of a program that goes from row to row divided by its
+rows. ``lanes_per_logit`` says for how many classes there is room in registers, for each that there is;
+``vector_loads`` which share of the bytes of tiles is read sixteen at a time, of those where a thread has as many.
 
 THE LAST COLUMN IS A PREDICTION, of the share of an H100's copy bandwidth that a step would reach; nothing here was
 measured on one. For each multiprocessor it takes the slowest of
@@ -47,12 +47,16 @@ from tqdm import tqdm
 from sre_triton.kernels import primitives
 from sre_triton.primitives import RowOptions
 
-CLASSES = (10, 100, 1000, 1024, 4096, 8192, 16384, 21841, 32768, 50257, 65536, 128256, 262144)
+# ImageNet and its 21841 classes, a speech model's 1823, products, and the vocabularies of language models.
+CLASSES = (
+    10, 100, 1000, 1823, 4096, 5003, 8192, 16384, 21841, 32000, 49152, 50257, 50304, 64000, 100277, 128256, 129280,
+    131072, 151936, 152064, 200064, 201088, 256000, 262144,
+)  # fmt: skip
 DTYPES = ("bfloat16", "float32")
 KERNELS = ("row_loss_and_gradient", "row_loss", "row_lse", "row_sums", "row_gradient", "scale_gradient")
 COLUMNS = (
     "kernel", "path", "dtype", "K", "rows_per_program", "block_k", "num_warps", "num_ctas", "target", "triton",
-    "registers", "spill_bytes", "ctas_per_sm", "lanes_per_logit", "instructions_per_lane", "special_per_lane",
+    "registers", "spill_bytes", "ctas_per_sm", "lanes_per_logit", "instructions_per_logit", "special_per_logit",
     "barriers_per_row", "vector_loads", "bound", "predicted_fraction_of_copy",
 )  # fmt: skip
 ELEMENTS = 2**28
@@ -119,9 +123,14 @@ def line(target: str, kernel: str, dtype: str, num_classes: int, options: str = 
     size = getattr(torch, dtype).itemsize
     if variant is None:  # rows of a stored gradient, and as many tiles as a row has
         rows, block_k, path, stages = made.keywords["ROWS"], made.keywords["BLOCK_K"], "other", 1
-        steps, tiles = -(-num_classes // block_k), 1
+        steps, tiles, edge, vectors = -(-num_classes // block_k), 1, 0, 1
     else:
-        rows, block_k, stages, tiles = variant.ROWS, variant.BLOCK_K, variant.STAGES, variant.TILES
+        rows, block_k, stages = variant.ROWS, variant.BLOCK_K, variant.STAGES
+        whole = 16 // size  # classes in as many bytes
+        eighths = [width for width in (8, 4, 2, 1) if variant.TAIL & width]
+        tiles = variant.TILES + variant.TAIL * variant.GROUPS / block_k
+        vectors = variant.TILES + sum(width for width in eighths if width >= whole) * variant.GROUPS / block_k
+        edge = variant.WINDOW * variant.GROUPS
         resident = variant.RESIDENT
         steps = 1 if resident else -(-num_classes // (block_k * tiles))
         path = "other"
@@ -139,9 +148,9 @@ def line(target: str, kernel: str, dtype: str, num_classes: int, options: str = 
     executed = code.executed(trips)
     warp_size = metadata.target.warp_size
     threads = metadata.num_warps * metadata.num_ctas * warp_size
-    lanes = rows * block_k * tiles * steps / threads * turns  # of a thread
-    per_lane, special = executed.total() / lanes, executed.special / lanes
-    lanes_per_logit = block_k * tiles * steps / num_classes
+    could_be = size * rows * block_k * vectors * steps / threads * turns * (3 if path == "loop" else 1)
+    per_logit, special = (n * threads / turns / rows / num_classes for n in (executed.total(), executed.special))
+    lanes_per_logit = (block_k * tiles * steps + edge) / num_classes
     barriers = executed.barriers / turns / rows
     ctas = ctas_per_multiprocessor(target, code, metadata.num_warps)
     row = {
@@ -159,10 +168,10 @@ def line(target: str, kernel: str, dtype: str, num_classes: int, options: str = 
         "spill_bytes": code.spill_bytes,
         "ctas_per_sm": ctas,
         "lanes_per_logit": f"{lanes_per_logit:.3f}",
-        "instructions_per_lane": f"{per_lane:.2f}",
-        "special_per_lane": f"{special:.2f}",
+        "instructions_per_logit": f"{per_logit:.2f}",
+        "special_per_logit": f"{special:.2f}",
         "barriers_per_row": f"{barriers:.1f}",
-        "vector_loads": f"{min(1.0, executed.vector_bytes_loaded / (size * lanes * (3 if path == 'loop' else 1))):.2f}",
+        "vector_loads": f"{min(1.0, executed.vector_bytes_loaded / could_be) if could_be else 1.0:.2f}",
         "bound": "",
         "predicted_fraction_of_copy": "",
     }
@@ -175,8 +184,8 @@ def line(target: str, kernel: str, dtype: str, num_classes: int, options: str = 
             row_bytes=rows * num_classes * size / metadata.num_ctas,
             reads=reads,
             writes=writes,
-            instructions=per_lane * rows * block_k * tiles * steps / metadata.num_ctas / 32,
-            special=special * rows * block_k * tiles * steps / metadata.num_ctas / 32,
+            instructions=per_logit * rows * num_classes / metadata.num_ctas / 32,
+            special=special * rows * num_classes / metadata.num_ctas / 32,
             barriers=barriers * rows,
             cluster_barriers=executed.cluster_barriers / turns,
             prefetched=bool(variant) and stages > 0,
@@ -241,7 +250,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     for dtype, color in zip(DTYPES, ("#0072B2", "#D55E00"), strict=True):
         lines = [row for row in rows if row["kernel"] == "row_loss_and_gradient" and row["dtype"] == dtype]
         K = [row["K"] for row in lines]
-        per_logit = [float(row["instructions_per_lane"]) * float(row["lanes_per_logit"]) for row in lines]
+        per_logit = [float(row["instructions_per_logit"]) for row in lines]
         slots.plot(K, per_logit, color=color, marker="o", ms=4, label=dtype)
         budget = MULTIPROCESSORS[H100] * 4 * 32 * CLOCK / (COPY / (2 * getattr(torch, dtype).itemsize))
         slots.axhline(budget, color=color, ls="--", lw=1, label=f"what a copy's time leaves, {dtype}")

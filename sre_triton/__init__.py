@@ -63,7 +63,7 @@ Where a formula stands, three times (reference alone: in its one function, self_
     H, S and the loss of a row  reference               rows.losses_of                passes.losses_of
     coefficients of p, u, 1     -                       rows.coefficients_of          passes.coefficients_of
     the gradient of a class     -                       formulas.gradient_of          passes.gradient_of
-    that at the target          -                       walks.store_gradient_of_rest  passes.coefficients_of
+    that at the target          -                       rows.gradient_at_targets      passes.coefficients_of
     ε / K and 1 - ε             reference               rows.shares                   passes.shares
 
 and again, in PyTorch's operations, in uncompiled.py: `_Block`, whose methods are named by what they compute, for all

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 PERF = Path(__file__).parents[1] / "perf"
 
-COUNTS = ("instructions_per_lane", "special_per_lane", "barriers_per_row", "spill_bytes", "registers")
+COUNTS = ("instructions_per_logit", "special_per_logit", "barriers_per_row", "spill_bytes", "registers")
 
 
 def budget(*arguments):
@@ -48,10 +48,13 @@ def assert_within_budget(row):
     if int(row["K"]) >= 1000 and row["kernel"] != "scale_gradient" and not loop:
         assert float(row["vector_loads"]) >= 0.97, row
     if row["kernel"] == "row_loss_and_gradient" and int(row["K"]) >= 1000:
-        more = 2 * (row["dtype"] == "float32") + 4 * (int(row["K"]) % 8 > 0) + 2 * (triton < (3, 8))
-        instructions, special = {"resident": (31, 2.5), "cluster": (36, 2.5), "loop": (42, 5.5)}[row["path"]]
-        assert float(row["instructions_per_lane"]) <= instructions + more, row
-        assert float(row["special_per_lane"]) <= special, row
+        assert row["path"] == "loop" or float(row["lanes_per_logit"]) <= 1.053, row  # 0.95 of them have a class
+        more = 2 * (triton < (3, 8))
+        instructions, special = {"resident": (33, 2.5), "cluster": (37, 2.5), "loop": (44, 5.5)}[row["path"]]
+        if int(row["K"]) % 2 and row["path"] != "loop":
+            instructions = 39
+        assert float(row["instructions_per_logit"]) <= instructions + more, row
+        assert float(row["special_per_logit"]) <= special, row
 
 
 @pytest.mark.parametrize(

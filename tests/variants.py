@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "perf"))
 from cross_compile import SHARED, TARGETS, Code, Launch, OnGpu, compile_only
 
 from sre_triton.kernels import kernels, launch, primitives
-from sre_triton.kernels.plan import SMALLEST_TILE, plan
+from sre_triton.kernels.plan import SMALLEST_TILE, Plan, plan
 from sre_triton.primitives import RowOptions
 
 # Every width of a tile, in registers and in a loop, short and long; less a few classes, every alignment.
@@ -123,21 +123,28 @@ def every_pair(settings: dict, seed: int = 0) -> list[dict]:
     return calls
 
 
-def starts_of(call: dict) -> list[int]:
-    """The numbers of classes from which on plan.py holds the rows of a call in another way than before, and 1."""
+def plan_of(call: dict, num_classes: int) -> Plan:
+    """How plan.py holds the rows of a call, if they were of so many classes, and aligned."""
     has_y = call["target"] != "indices" or bool(call["weight"] and call["label_smoothing"])
+    return plan(
+        call["rows"],
+        num_classes,
+        call["dtype"].itemsize,
+        holds_rows=call["primitive"] in ("row_loss", "row_loss_and_gradient"),
+        aligned=True,
+        plain=not has_y and not call["softcap"],
+        device=launch._device(None),
+    )
+
+
+def starts_of(call: dict) -> list[int]:
+    """The numbers of classes from which on plan.py holds the rows of a call in another way than before, and 1.
+
+    How many classes each thread has is not counted among the ways: there are too many.
+    """
 
     def way(num_classes: int) -> tuple:
-        found = plan(
-            call["rows"],
-            num_classes,
-            call["dtype"].itemsize,
-            holds_rows=call["primitive"] in ("row_loss", "row_loss_and_gradient"),
-            aligned=True,
-            plain=not has_y and not call["softcap"],
-            device=launch._device(None),
-        )
-        return found._replace(programs=0)
+        return plan_of(call, num_classes)._replace(programs=0, tiles=0, tail=0)
 
     def changes(low: int, high: int) -> list[int]:
         # What two numbers have in common, all between them have.
@@ -156,12 +163,23 @@ def stretches(call: dict) -> Iterator[tuple[int, int, int]]:
 
 
 def every_way(call: dict) -> list[dict]:
-    """The call with as many classes as each way to hold rows takes, in a window and without one."""
-    sizes = set()
+    """The call with as many classes as each way to hold rows takes, in a window and without one.
+
+    And once with each number of tiles and each tail.
+    """
+    sizes, seen = set(), set()
     for start, end, vector in stretches(call):
-        sizes.add((end - 1) // vector * vector)
+        longest = (end - 1) // vector * vector
+        sizes.add(longest)
         if start > SMALLEST_TILE // 2:  # no window where rows share a program
             sizes.add((end - 2) | 1)
+        step = -(-max(1, (end - start) // 64) // vector) * vector
+        for K in (longest, *range(-(-start // vector) * vector, end, step)):
+            how = plan_of(call, K)
+            tiles = how.block_k // how.groups, how.tiles, how.tail
+            if tiles not in seen:
+                seen.add(tiles)
+                sizes.add(K)
     return [call | {"width": K} for K in sorted(sizes)]
 
 

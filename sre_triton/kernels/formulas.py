@@ -16,10 +16,10 @@ Example: c = 1e-7 and p = 1e-7 give t = 0, μ = 1/2, h = 1 bit, u = 0.
 Logarithms have the base 2, because a GPU's instructions have it. compiled/formulas.py has the base e: its t, h and u
 are those of this file times log 2.
 
-Shapes. A program with one row has a tile as a vector, (BLOCK_K,), and a value of the row as a scalar. A program with
-several rows has a tile as a matrix, (ROWS, BLOCK_K), and a value of the rows as a vector, (ROWS,); `column` (groups.py)
-makes a column of the vector where it meets the tile. Sums are kept for each group of eight classes of a tile, in
-(BLOCK_K / 8,) or (ROWS, BLOCK_K / 8). One thread has a whole group (groups.py), so no thread waits for another before
+Shapes. A program with one row has a tile as a vector, (BLOCK_K,) or narrower, and a value of the row as a scalar. A
+program with several rows has a tile as a matrix, (ROWS, BLOCK_K), and a value of the rows as a vector, (ROWS,);
+`column` (groups.py) makes a column of the vector where it meets the tile. Sums are kept for each group of classes of a
+tile, in (GROUPS,) or (ROWS, GROUPS). One thread has a whole group (groups.py), so no thread waits for another before
 the row ends.
 """
 
@@ -28,11 +28,12 @@ import triton.language as tl
 
 from .arithmetic import INF, LOG2_E, exp2, fma, less_product, minus_log2, reciprocal, value_of
 from .groups import (
-    LOG2_GROUP,
     column,
     halves,
     largest_of_row,
+    levels_of,
     maximum_of_groups,
+    num_alike,
     sum_of_groups,
     sum_of_row,
     to_groups,
@@ -47,6 +48,9 @@ FLOOR = tl.constexpr(-1e4)
 # larger |m| the correction would leave the range of float32, so the factor is smaller than log2 e. This does no harm:
 # the logits themselves are 64 or more apart there, and every class but the largest has p < 2^-90 with either factor.
 LARGEST = tl.constexpr(2.0**30)
+
+# A factor of a product P belongs to 2^2 classes (`sums_of_h_and_u`).
+LOG2_FACTOR = tl.constexpr(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,29 +95,34 @@ def _exp(z, factor, product):
 
 
 @triton.jit
-def maximum_of(tiles, edge, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
+def maximum_of(tiles, edge, VARIANT: tl.constexpr):
     """m, the largest logit of each row, from its tiles in registers and its edge.
 
     The maxima of groups are taken first, then the threads meet once.
     """
     m = tiles[0]
-    for i in tl.static_range(1, len(tiles)):
+    for i in tl.static_range(1, num_alike(VARIANT)):
         m = tl.maximum(m, tiles[i])
-    m = maximum_of_groups(m, ADJACENT, CTAS)
+    m = maximum_of_groups(m, VARIANT)
+    for i in tl.static_range(num_alike(VARIANT), len(tiles)):
+        m = tl.maximum(m, maximum_of_groups(tiles[i], VARIANT))
     if edge is not None:
         m = tl.maximum(m, edge)
     return largest_of_row(m)
 
 
 @triton.jit
-def sum_of_exps(tiles, edge, reference, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
+def sum_of_exps(tiles, edge, reference, VARIANT: tl.constexpr):
     """s, the sum of e over each row, from its tiles in registers and its edge."""
     factor, product = column(reference[0], tiles[0]), column(reference[1], tiles[0])
     _, exp_sum = _exp(tiles[0], factor, product)
-    for i in tl.static_range(1, len(tiles)):
+    for i in tl.static_range(1, num_alike(VARIANT)):
         _, e = _exp(tiles[i], factor, product)
         exp_sum += e
-    exp_sum = sum_of_groups(exp_sum, ADJACENT, CTAS)
+    exp_sum = sum_of_groups(exp_sum, VARIANT)
+    for i in tl.static_range(num_alike(VARIANT), len(tiles)):
+        _, e = _exp(tiles[i], factor, product)
+        exp_sum += sum_of_groups(e, VARIANT)
     if edge is not None:
         _, e = _exp(edge, factor, product)
         exp_sum += e
@@ -127,19 +136,24 @@ def _yz(z, wy, m):
 
 
 @triton.jit
-def sums_of_y(z, wy, given, m, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
+def sums_of_y(z, wy, given, m, VARIANT: tl.constexpr):
     """(Σ w y, Σ w y (z - m), Σ w y before smoothing), each for every group of some tiles.
 
     The cross entropy needs the first two, the row's weight ω is the third. m is a scalar, or of a shape that meets a
     tile.
     """
     y_sum, yz_sum, omega = wy[0], _yz(z[0], wy[0], m), given[0]
-    for i in tl.static_range(1, len(z)):
+    for i in tl.static_range(1, num_alike(VARIANT)):
         y_sum += wy[i]
         yz_sum += _yz(z[i], wy[i], m)
         omega += given[i]
-    y_sum, yz_sum = sum_of_groups(y_sum, ADJACENT, CTAS), sum_of_groups(yz_sum, ADJACENT, CTAS)
-    return y_sum, yz_sum, sum_of_groups(omega, ADJACENT, CTAS)
+    y_sum, yz_sum = sum_of_groups(y_sum, VARIANT), sum_of_groups(yz_sum, VARIANT)
+    omega = sum_of_groups(omega, VARIANT)
+    for i in tl.static_range(num_alike(VARIANT), len(z)):
+        y_sum += sum_of_groups(wy[i], VARIANT)
+        yz_sum += sum_of_groups(_yz(z[i], wy[i], m), VARIANT)
+        omega += sum_of_groups(given[i], VARIANT)
+    return y_sum, yz_sum, omega
 
 
 @triton.jit
@@ -157,7 +171,7 @@ def lse_of_edge(z, wy, given, HAS_Y: tl.constexpr):
 
 
 @triton.jit
-def add_to_lse(lse, z, wy, given, HAS_Y: tl.constexpr, ADJACENT: tl.constexpr):
+def add_to_lse(lse, z, wy, given, HAS_Y: tl.constexpr, VARIANT: tl.constexpr):
     """The five values of `lse_of_edge` for every group, after some tiles more.
 
     A walk sees a tile at a time, so the maximum of a group may rise. Then the old s is multiplied by exp(old maximum -
@@ -167,15 +181,15 @@ def add_to_lse(lse, z, wy, given, HAS_Y: tl.constexpr, ADJACENT: tl.constexpr):
     largest = z[0]
     for i in tl.static_range(1, len(z)):
         largest = tl.maximum(largest, z[i])
-    m = tl.maximum(m_old, maximum_of_groups(largest, ADJACENT, 1))
+    m = tl.maximum(m_old, maximum_of_groups(largest, VARIANT))
     finite = finite_maximum(m)
-    m_tile = to_groups(finite, ADJACENT)
+    m_tile = to_groups(finite, VARIANT)
     e = exp2((z[0] - m_tile) * LOG2_E)
     for i in tl.static_range(1, len(z)):
         e += exp2((z[i] - m_tile) * LOG2_E)
-    exp_sum = exp_sum * exp2((m_old - finite) * LOG2_E) + sum_of_groups(e, ADJACENT, 1)
+    exp_sum = exp_sum * exp2((m_old - finite) * LOG2_E) + sum_of_groups(e, VARIANT)
     if HAS_Y:
-        more_y, more_yz, more_omega = sums_of_y(z, wy, given, m_tile, ADJACENT, 1)
+        more_y, more_yz, more_omega = sums_of_y(z, wy, given, m_tile, VARIANT)
         yz_sum += y_sum * (finite_maximum(m_old) - finite) + more_yz
         y_sum += more_y
         omega += more_omega
@@ -224,48 +238,73 @@ def coin_h_and_u(z, constants, PTX: tl.constexpr):
 
 
 @triton.jit
-def sums_of_h_and_u(tiles, constants, ADJACENT: tl.constexpr, CTAS: tl.constexpr, PTX: tl.constexpr):
+def _sums_in_factors(z, constants, VARIANT: tl.constexpr):
+    """(|v|, u) of each class of a tile, and M for every four, or fewer, classes of a group."""
+    _, t, mu, _ = coin(z, constants, VARIANT.PTX)
+    v = t * mu
+    u = less_product(v, v, mu)
+    for level in tl.static_range(levels_of(z, VARIANT, LOG2_FACTOR)):
+        a, b = halves(mu, level, VARIANT)
+        mu = a + less_product(b, a, b)
+    return tl.abs(v), u, mu
+
+
+@triton.jit
+def _product_of_groups(M, P, tile, VARIANT: tl.constexpr):
+    """(M, P) of each group, from those of the tile's factors."""
+    for level in tl.static_range(LOG2_FACTOR, levels_of(tile, VARIANT)):
+        a, b = halves(M, level, VARIANT)
+        P_a, P_b = halves(P, level, VARIANT)
+        M, P = a + less_product(b, a, b), P_a * P_b
+    return M, P
+
+
+@triton.jit
+def sums_of_h_and_u(tiles, constants, VARIANT: tl.constexpr):
     """(Σ h, Σ u) in bits for every group of some tiles, with one logarithm for all classes of a group.
 
     A logarithm costs more than a product, and Σ log2(1 - μ) = log2 P for P = Π (1 - μ). M = 1 - P goes along, because P
     knows nothing of a small M: two classes with μ = 1e-9 have P = 1 and M = 2e-9. Two parts a and b of a product have M
-    = a + b (1 - a). P is multiplied from factors 1 - M of four classes each, half of a group in one tile. With eight
+    = a + b (1 - a). P is multiplied from factors 1 - M of four classes each, or of fewer in a narrow tile. With eight
     classes in a factor, all at μ = 1/2, 1 - M = 2^-8 would have lost eight bits.
     """
-    for i in tl.static_range(len(tiles)):
-        _, t, mu, _ = coin(tiles[i], constants, PTX)
-        v = t * mu
-        u = less_product(v, v, mu)
+    v_sum, u_sum, M = _sums_in_factors(tiles[0], constants, VARIANT)
+    P = 1.0 - M
+    for i in tl.static_range(1, num_alike(VARIANT)):
+        v, u, mu = _sums_in_factors(tiles[i], constants, VARIANT)
         # The sums begin with the first tile and not with 0: an addition to 0 is an instruction too.
-        if i == 0:
-            v_sum, u_sum = tl.abs(v), u
-        else:
-            v_sum, u_sum = v_sum + tl.abs(v), u_sum + u
-        for level in tl.static_range(LOG2_GROUP - 1):
-            a, b = halves(mu, level, ADJACENT, CTAS)
-            mu = a + less_product(b, a, b)
-        if i == 0:
-            M, P = mu, 1.0 - mu
+        v_sum, u_sum = v_sum + v, u_sum + u
+        M, P = M + less_product(mu, M, mu), less_product(P, P, mu)
+    M, P = _product_of_groups(M, P, tiles[0], VARIANT)
+    v_sum, u_sum = sum_of_groups(v_sum, VARIANT), sum_of_groups(u_sum, VARIANT)
+    for i in tl.static_range(num_alike(VARIANT), len(tiles)):
+        v, u, mu = _sums_in_factors(tiles[i], constants, VARIANT)
+        v_sum, u_sum = v_sum + sum_of_groups(v, VARIANT), u_sum + sum_of_groups(u, VARIANT)
+        if levels_of(tiles[i], VARIANT) > LOG2_FACTOR:
+            mu, rest = _product_of_groups(mu, 1.0 - mu, tiles[i], VARIANT)
+            M, P = M + less_product(mu, M, mu), P * rest
         else:
             M, P = M + less_product(mu, M, mu), less_product(P, P, mu)
-    a, b = halves(M, LOG2_GROUP - 1, ADJACENT, CTAS)
-    P_a, P_b = halves(P, LOG2_GROUP - 1, ADJACENT, CTAS)
-    logarithms = minus_log2(P_a * P_b, a + less_product(b, a, b), PTX)
-    return sum_of_groups(v_sum, ADJACENT, CTAS) + logarithms, sum_of_groups(u_sum, ADJACENT, CTAS)
+    return v_sum + minus_log2(P, M, VARIANT.PTX), u_sum
 
 
 @triton.jit
-def weighted_sums_of_h_and_u(z, y, constants, ADJACENT: tl.constexpr, CTAS: tl.constexpr, PTX: tl.constexpr):
+def weighted_sums_of_h_and_u(z, y, constants, VARIANT: tl.constexpr):
     """(Σ (1 - y) h, Σ (1 - y) u) in bits for every group of some tiles.
 
     Every class has its own factor, so every class has its own logarithm.
     """
-    h, u = coin_h_and_u(z[0], constants, PTX)
+    h, u = coin_h_and_u(z[0], constants, VARIANT.PTX)
     h_sum, u_sum = (1.0 - y[0]) * h, (1.0 - y[0]) * u
-    for i in tl.static_range(1, len(z)):
-        h, u = coin_h_and_u(z[i], constants, PTX)
+    for i in tl.static_range(1, num_alike(VARIANT)):
+        h, u = coin_h_and_u(z[i], constants, VARIANT.PTX)
         h_sum, u_sum = h_sum + (1.0 - y[i]) * h, u_sum + (1.0 - y[i]) * u
-    return sum_of_groups(h_sum, ADJACENT, CTAS), sum_of_groups(u_sum, ADJACENT, CTAS)
+    h_sum, u_sum = sum_of_groups(h_sum, VARIANT), sum_of_groups(u_sum, VARIANT)
+    for i in tl.static_range(num_alike(VARIANT), len(z)):
+        h, u = coin_h_and_u(z[i], constants, VARIANT.PTX)
+        h_sum += sum_of_groups((1.0 - y[i]) * h, VARIANT)
+        u_sum += sum_of_groups((1.0 - y[i]) * u, VARIANT)
+    return h_sum, u_sum
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Groups: the eight classes of a tile that one thread holds, and how the groups of a row become one value.
+"""Tiles and their groups: the classes of a tile that one thread holds, and how the groups of a row become one value.
 
 A thread adds up its own group first, without waiting for any other; the threads of a program meet once a row.
 
@@ -16,8 +16,95 @@ import triton.language as tl
 # Whether Triton's interpreter runs the kernels. It has no instructions of a GPU.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# A group has 2^3 classes: sixteen bytes of bf16, the most that one instruction reads.
+# In a walk a group has 2^3 classes: sixteen bytes of bf16, the most that one instruction reads.
 LOG2_GROUP = tl.constexpr(3)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tiles of a row, computed while a kernel is compiled
+
+
+@triton.constexpr_function
+def num_tiles(VARIANT):
+    """How many tiles a row has, or a step of a walk: TILES whole ones, and the narrower ones of the tail.
+
+    A whole tile has eight or sixteen classes for each thread. TAIL is the number of classes for each thread that are
+    left over, a sum of 8, 4 and 2, and each of these stands for a tile. 5400 classes and 128 threads, BLOCK_K = 2048,
+    TILES = 2, TAIL = 12:
+
+        tile       0            1               2               3
+        classes    0 to 2047    2048 to 4095    4096 to 5119    5120 to 5631, of which those from 5400 on do not exist
+    """
+    return VARIANT.TILES + VARIANT.TAIL.bit_count()
+
+
+# These two take numbers, as Triton 3.6 hands a Variant on to a second such function as a mere tuple.
+@triton.constexpr_function
+def _start_of(BLOCK_K, GROUPS, TILES, TAIL, i):
+    """The first class of tile i; of the last one and one more, how many classes all have."""
+    whole, tail = min(i, TILES), TAIL
+    for _ in range(whole, i):
+        tail -= 1 << tail.bit_length() >> 1  # its largest power of 2
+    return whole * BLOCK_K + (TAIL - tail) * GROUPS
+
+
+@triton.constexpr_function
+def _again_of(BLOCK_K, GROUPS, ROWS, ADJACENT, CTAS):
+    """How many classes are stored again."""
+    return GROUPS << ADJACENT if CTAS == 1 and ROWS == 1 else BLOCK_K
+
+
+@triton.constexpr_function
+def start_of(VARIANT, i):
+    """The first class of tile i."""
+    return _start_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL, i)
+
+
+@triton.constexpr_function
+def width_of(VARIANT, i):
+    """How many classes tile i has, whether they exist or not."""
+    tiles = VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL
+    return _start_of(*tiles, i + 1) - _start_of(*tiles, i)
+
+
+@triton.constexpr_function
+def again_of(VARIANT):
+    """How many classes are stored again for the target (walks.py, `store_gradient_of_rest`).
+
+    They are as many as the threads store with one instruction each: a tile begins at a multiple of them, so the same
+    thread has a class in it and in the tile. In a cluster they are a whole tile, since the part of a thread block
+    depends on the tile's width.
+    """
+    return _again_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.ROWS, VARIANT.ADJACENT, VARIANT.CTAS)
+
+
+@triton.constexpr_function
+def num_again(VARIANT):
+    """How many tiles are wide enough for the target to be stored again; it is put into the others."""
+    tiles = VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL
+    again = _again_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.ROWS, VARIANT.ADJACENT, VARIANT.CTAS)
+    count = 0
+    while _start_of(*tiles, count + 1) - _start_of(*tiles, count) >= again:
+        count += 1
+    return count
+
+
+@triton.constexpr_function
+def num_alike(VARIANT):
+    """How many of the first tiles are as wide as the first."""
+    return max(1, VARIANT.TILES)
+
+
+@triton.constexpr_function
+def levels_of(tile, VARIANT, most=4):
+    """How often a tile, or a half of one, can be halved until each thread has one number of it; at most so often."""
+    levels = 0
+    while levels < most and (VARIANT.GROUPS << levels) < tile.shape[-1]:
+        levels += 1
+    return levels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups
 
 
 @triton.jit
@@ -30,12 +117,12 @@ def column(of_row, tile):
 
 
 @triton.jit
-def halves(x, LEVEL: tl.constexpr, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
+def halves(x, LEVEL: tl.constexpr, VARIANT: tl.constexpr):
     """Two tensors of half the width of x. A thread that had all of a group before has all of its halves: nothing moves.
 
-    Sums and maxima over groups need it three times, at the levels 0, 1 and 2. At a level below ADJACENT every other
-    class goes into b. At the levels above, b is the second half of the tile. A tile of 16 classes with ADJACENT = 2,
-    two threads A and B, a digit for each class of a thread:
+    Sums and maxima over groups of eight need it three times, at the levels 0, 1 and 2. At a level below ADJACENT every
+    other class goes into b. At the levels above, b is the second half of the tile. A tile of 16 classes with ADJACENT =
+    2, two threads A and B, a digit for each class of a thread:
 
         level 0     A0 A1 A2 A3 B0 B1 B2 B3 A4 A5 A6 A7 B4 B5 B6 B7
             a       A0    A2    B0    B2    A4    A6    B4    B6
@@ -51,40 +138,40 @@ def halves(x, LEVEL: tl.constexpr, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
     half of every block's part.
     """
     if len(x.shape) == 2:
-        if LEVEL < ADJACENT:
+        if LEVEL < VARIANT.ADJACENT:
             return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
         else:
             return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-    elif LEVEL < ADJACENT:
+    elif LEVEL < VARIANT.ADJACENT:
         return tl.split(tl.reshape(x, (x.shape[0] // 2, 2)))
-    elif CTAS == 1:
+    elif VARIANT.CTAS == 1:
         return tl.split(tl.permute(tl.reshape(x, (2, x.shape[0] // 2)), (1, 0)))
     else:
         # Each thread block halves its own part of the tile.
-        a, b = tl.split(tl.permute(tl.reshape(x, (CTAS, 2, x.shape[0] // (2 * CTAS))), (0, 2, 1)))
+        a, b = tl.split(tl.permute(tl.reshape(x, (VARIANT.CTAS, 2, x.shape[0] // (2 * VARIANT.CTAS))), (0, 2, 1)))
         return tl.reshape(a, (x.shape[0] // 2,)), tl.reshape(b, (x.shape[0] // 2,))
 
 
 @triton.jit
-def sum_of_groups(x, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
-    """The sum of each group of a tile: an eighth of the tile's width."""
-    for level in tl.static_range(LOG2_GROUP):
-        a, b = halves(x, level, ADJACENT, CTAS)
+def sum_of_groups(x, VARIANT: tl.constexpr):
+    """The sum of each group of a tile, (GROUPS,) or (ROWS, GROUPS)."""
+    for level in tl.static_range(levels_of(x, VARIANT)):
+        a, b = halves(x, level, VARIANT)
         x = a + b
     return x
 
 
 @triton.jit
-def maximum_of_groups(x, ADJACENT: tl.constexpr, CTAS: tl.constexpr):
-    """The maximum of each group of a tile: an eighth of the tile's width."""
-    for level in tl.static_range(LOG2_GROUP):
-        a, b = halves(x, level, ADJACENT, CTAS)
+def maximum_of_groups(x, VARIANT: tl.constexpr):
+    """The maximum of each group of a tile, (GROUPS,) or (ROWS, GROUPS)."""
+    for level in tl.static_range(levels_of(x, VARIANT)):
+        a, b = halves(x, level, VARIANT)
         x = tl.maximum(a, b)
     return x
 
 
 @triton.jit
-def to_groups(x, ADJACENT: tl.constexpr):
+def to_groups(x, VARIANT: tl.constexpr):
     """The value of each group, at all eight of its classes: eight times the width of x.
 
     A walk needs it to subtract a group's maximum from the group's logits. It undoes three `halves`, the last one first.
@@ -92,11 +179,11 @@ def to_groups(x, ADJACENT: tl.constexpr):
     for level in tl.static_range(LOG2_GROUP):
         x = tl.join(x, x)
         if len(x.shape) == 3:
-            if LOG2_GROUP - 1 - level >= ADJACENT:
+            if LOG2_GROUP - 1 - level >= VARIANT.ADJACENT:
                 x = tl.permute(x, (0, 2, 1))
             x = tl.reshape(x, (x.shape[0], x.shape[1] * x.shape[2]))
         else:
-            if LOG2_GROUP - 1 - level >= ADJACENT:
+            if LOG2_GROUP - 1 - level >= VARIANT.ADJACENT:
                 x = tl.permute(x, (1, 0))
             x = tl.reshape(x, (x.shape[0] * x.shape[1],))
     return x

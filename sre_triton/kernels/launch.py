@@ -80,6 +80,14 @@ def _scalars(options: RowOptions) -> Scalars:
     )
 
 
+def _full(how: Plan, shortest: int) -> int:
+    """How many tiles have a class at every place in every row, where rows have so many classes at least."""
+    whole = how.block_k // how.groups
+    ends = [whole * (i + 1) for i in range(how.tiles)]
+    ends += [whole * how.tiles + (how.tail >> bit << bit) for bit in (3, 2, 1, 0) if how.tail >> bit & 1]
+    return sum(how.groups * end <= shortest for end in ends)
+
+
 def _variant(
     how: Plan,
     gpu: GPUTarget,
@@ -100,8 +108,10 @@ def _variant(
         STAGES=how.stages,
         ROWS=how.rows,
         BLOCK_K=how.block_k,
+        GROUPS=how.groups,
         TILES=how.tiles,
-        FULL=0 if how.path == "loop" else shortest // how.block_k,
+        TAIL=how.tail,
+        FULL=0 if how.path == "loop" else _full(how, shortest),
         ALIGN=align,
         VECTOR=vector,
         ADJACENT=(vector if window else align).bit_length() - 1,
@@ -129,6 +139,7 @@ def launch(
     if "gradient_ptr" in arguments:
         arguments["gradient_stride"] = 0 if gradient is None else gradient.stride(0) // align
 
+    window = align < vector and (gradient is None or gradient.stride(0) == logits.stride(0))
     smoothed = scalars.label_smoothing is not None
     has_y = probabilities or (smoothed and weight is not None)
     holds_rows = kernel is row_loss_kernel
@@ -142,8 +153,9 @@ def launch(
             aligned=align == vector,
             plain=not has_y and scalars.softcap is None,
             device=_device(logits.device.index),
+            window=vector if window else 0,
         )
-        window = align < vector and how.rows == 1 and (gradient is None or gradient.stride(0) == logits.stride(0))
+        window = window and how.rows == 1
         shortest = num_classes - 2 * (vector - 1) if window else num_classes
         if holds_rows:
             arguments["num_programs"] = how.programs

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import INF, fma, tanh, value_of
-from .groups import column
+from .groups import column, num_tiles, start_of, width_of
 from .rows import load_if_counted, shares
 
 
@@ -142,8 +142,10 @@ def window_of(inputs, row, VARIANT: tl.constexpr):
     if VARIANT.WINDOW:
         first = (begin + (VARIANT.VECTOR - 1)) // VARIANT.VECTOR * VARIANT.VECTOR
         length = ((begin + K) // VARIANT.VECTOR * VARIANT.VECTOR - first).to(tl.int32)
-        if not VARIANT.RESIDENT:
-            # The window of some rows is one vector longer than the steps of a walk: this vector goes with the edge.
+        # What is longer than the tiles of a row, or the steps of a walk, goes with the edge.
+        if VARIANT.RESIDENT:
+            length = tl.minimum(length, start_of(VARIANT, num_tiles(VARIANT)))
+        else:
             length = tl.minimum(length, last_step(inputs, VARIANT) + VARIANT.TILES * VARIANT.BLOCK_K)
         return first, (first - begin).to(tl.int32), length
     else:
@@ -160,16 +162,22 @@ def full_tile(WIDTH: tl.constexpr, value: tl.constexpr, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def place_of_tile(inputs, row, counted, window, start, VARIANT: tl.constexpr):
-    """The place of the tile that begins `start` classes into the window: four tensors of the tile's shape.
+def place_of_tile(inputs, row, counted, window, start, i: tl.constexpr, VARIANT: tl.constexpr):
+    """The place of tile i of those that begin `start` classes into the window: see `place_of`."""
+    return place_of(inputs, row, counted, window, start + start_of(VARIANT, i), width_of(VARIANT, i), VARIANT)
+
+
+@triton.jit
+def place_of(inputs, row, counted, window, start, WIDTH: tl.constexpr, VARIANT: tl.constexpr):
+    """The place of WIDTH classes, from `start` in the window on: four tensors of the shape of such a tile.
 
     Loads and stores need its elements, its classes and two masks: which classes exist, and which are to be read. The
     masks differ only for a program of several rows: the classes of an ignored row exist, and get a gradient of 0, but
-    are not read. Example, row 1 of the picture with BLOCK_K = 256 and start = 0: element 24 + i, class 3 + i, and both
+    are not read. Example, row 1 of the picture with WIDTH = 256 and start = 0: element 24 + i, class 3 + i, and both
     masks i < 16.
     """
     first, head, length = window
-    cols = start + tl.arange(0, VARIANT.BLOCK_K)
+    cols = start + tl.arange(0, WIDTH)
     if VARIANT.ROWS > 1:
         cols = cols[None, :]
         mask = (cols < length) & (row < inputs.num_rows)[:, None]
@@ -180,9 +188,9 @@ def place_of_tile(inputs, row, counted, window, start, VARIANT: tl.constexpr):
 
 @triton.jit
 def place_of_edge(inputs, row, window, VARIANT: tl.constexpr):
-    """The place of the edge: four tensors, (BLOCK_K / 8,).
+    """The place of the edge: four tensors, (GROUPS,).
 
-    The edge has one class where the tiles have a group of eight, so the edge is added to the sums of the groups as it
+    The edge has one class where the tiles have a group, so the edge is added to the sums of the groups as it
     is. The first VECTOR elements go backwards from the window, the others backwards from the row's end. Row 1 of the
     picture:
 
@@ -190,7 +198,7 @@ def place_of_edge(inputs, row, window, VARIANT: tl.constexpr):
         class                  2  1  0  .  .  .  .  . 20 19  . ...
     """
     _, head, length = window
-    i = tl.arange(0, VARIANT.BLOCK_K // 8)
+    i = tl.arange(0, VARIANT.GROUPS)
     # Backwards, as Triton would see that forwards they are neighbours, and give all of them to a few threads.
     before, behind = head - 1 - i, inputs.num_classes * VARIANT.ALIGN - 1 - (i - VARIANT.VECTOR)
     classes = tl.where(i < VARIANT.VECTOR, before, behind)
@@ -242,15 +250,14 @@ def _load(inputs, scalars, row, place, MASKED: tl.constexpr, VARIANT: tl.constex
 
 @triton.jit
 def load_tiles(inputs, scalars, row, counted, window, start, FULL: tl.constexpr, VARIANT: tl.constexpr):
-    """(z, y, w y, w y before smoothing), each a tuple of TILES tiles, from `start` in the window on.
+    """(z, y, w y, w y before smoothing), each a tuple of tiles, from `start` in the window on.
 
     A whole row, or a step of a walk, comes into registers this way. The first FULL tiles end before the row does in
     every row, so they need no mask. With K = 5000, BLOCK_K = 2048 and TILES = 3, FULL is 2.
     """
     z, y, wy, given = (), (), (), ()
-    TILES: tl.constexpr = VARIANT.TILES  # without the annotation Triton 3.6 takes it for a value of the running program
-    for i in tl.static_range(TILES):
-        place = place_of_tile(inputs, row, counted, window, start + i * VARIANT.BLOCK_K, VARIANT)
+    for i in tl.static_range(num_tiles(VARIANT)):
+        place = place_of_tile(inputs, row, counted, window, start, i, VARIANT)
         z_i, y_i, wy_i, given_i = _load(inputs, scalars, row, place, VARIANT.ROWS > 1 or i >= FULL, VARIANT)
         z, y, wy, given = z + (z_i,), y + (y_i,), wy + (wy_i,), given + (given_i,)
     return z, y, wy, given
@@ -258,7 +265,7 @@ def load_tiles(inputs, scalars, row, counted, window, start, FULL: tl.constexpr,
 
 @triton.jit
 def load_edge(inputs, scalars, row, window, VARIANT: tl.constexpr):
-    """(z, y, w y, w y before smoothing) of the edge, each (BLOCK_K / 8,). Without WINDOW nobody reads the four."""
+    """(z, y, w y, w y before smoothing) of the edge, each (GROUPS,). Without WINDOW nobody reads the four."""
     if VARIANT.WINDOW:
         return _load(inputs, scalars, row, place_of_edge(inputs, row, window, VARIANT), True, VARIANT)
     else:

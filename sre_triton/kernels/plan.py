@@ -2,25 +2,29 @@
 
     classes          path      what decides
     up to 128        resident  several rows share a program, until it has enough for a warp
-    up to 4096       resident  four programs and more share a multiprocessor: one loads while others compute
+    up to 6400       resident  three programs and more share a multiprocessor: one loads while others compute
     up to 16384      resident  two programs or one: they go from row to row, and the next row is on its way to shared
                                memory while this one is computed (compute capability 8.0 and newer)
-    up to 65536      cluster   thread blocks of 128 threads, four to a multiprocessor: while one cluster waits at a
-                               barrier, which it does seven times a row, others compute
+    up to 102400     cluster   thread blocks of 128 threads, three or four to a multiprocessor: while one cluster waits
+                               at a barrier, which it does seven times a row, others compute
     up to 131072     cluster   sixteen blocks, the most there may be, of 256 threads, two to a multiprocessor
-    up to 262144     cluster   sixteen of 512 threads, one to a multiprocessor, which go from row to row
+    up to 262144     cluster   sixteen of 256 or 512 threads, one to a multiprocessor, which go from row to row
     longer rows      loop      three reads, two of them of the L2 cache: the longer a row, the more threads it has, so
                                that the rows which are under way fit there
 
-What a cluster holds. A row of 65536 classes in bf16 has 16 blocks of 128 threads and four tiles of 16384 classes. Every
-block has its part of every tile, and a thread eight neighbouring classes of each tile:
+What a thread holds. As few threads as have registers for the row, a power of 2: each has 26 to 50 classes, an even
+number. Up to 32 they are in tiles of eight, beyond that in tiles of sixteen, and what is left over in narrower ones
+(groups.py, `num_tiles`). So nearly every class of a tile exists, whatever K is, and what each thread computes of the
+row is computed by few.
 
-             block 0          block 1                  block 15
-    tile 0       0 ... 1023    1024 ... 2047    ...    15360 ... 16383
-    tile 1   16384 ... 17407  17408 ... 18431   ...    31744 ... 32767
-    tile 2   32768 ... 33791  33792 ... 34815   ...    48128 ... 49151
-    tile 3   49152 ... 50175  50176 ... 51199   ...    64512 ... 65535
-             thread 0: 0 to 7, 16384 to 16391, 32768 to 32775, 49152 to 49159
+What a cluster holds. A row of 50304 classes in bf16 has 8 blocks of 128 threads, three tiles of 16384 classes and a
+narrow one of 2048. Every block has its part of every tile, and a thread sixteen classes of each, but two of the last:
+
+             block 0          block 1                 block 7
+    tile 0       0 ... 2047     2048 ... 4095    ...    14336 ... 16383
+    tile 1   16384 ... 18431   18432 ... 20479   ...    30720 ... 32767
+    tile 2   32768 ... 34815   34816 ... 36863   ...    47104 ... 49151
+    tile 3   49152 ... 49407   49408 ... 49663   ...    50944 ... 51199, of which those from 50304 on do not exist
 
 The blocks meet where a value of the row is needed: its maximum, its sums.
 
@@ -40,19 +44,18 @@ from typing import NamedTuple
 
 # The bounds below follow from what a multiprocessor has, as each comment says. No GPU has timed this.
 
-# Of a tile: in bf16 and fp16 a vector of sixteen bytes, in float32 two. It is the group of groups.py.
+# A step of a loop has tiles of eight classes for each thread: in bf16 a vector of sixteen bytes, in float32 two.
 CLASSES_PER_THREAD = 8
-# Tiles of a row that is held. Every thread computes the values of the row too: with more tiles there are fewer threads,
-# and less is computed twice. Four tiles are what 128 registers hold: 32 classes, whose e and u are 64 registers.
-TILES = 4
+# Classes of a row for each thread, and registers for them: e and u of a class are two. Every thread computes the values
+# of the row too, so the fewer threads there are, the less is computed twice.
+FEW, REGISTERS = 32, 128
+MANY, MORE_REGISTERS = 50, 168
 # The same where a class has more than its logit.
-TILES_WITH_MORE = 2
+FEW_WITH_MORE, MANY_WITH_MORE = 16, 24
 # Bytes of shared memory, at most, in which the warps of a program add up their sums.
 SHARED_FOR_SUMS = 1024
-# 512 threads of 128 registers are all that a multiprocessor has.
-RESIDENT_THREADS = 512
-RESIDENT_REGISTERS = 128
-# Four blocks of them share a multiprocessor: while one waits at a barrier, others compute.
+MULTIPROCESSOR_REGISTERS = 65536
+# Three or four blocks of them share a multiprocessor: while one waits at a barrier, others compute.
 CLUSTER_THREADS = 128
 # Thread blocks: the most that Hopper and Blackwell allow.
 LARGEST_CLUSTER = 16
@@ -85,7 +88,9 @@ class Plan(NamedTuple):
     path: str  # "resident": a program holds its rows; "cluster": thread blocks hold a row together; "loop"
     rows: int  # rows of a program at a time
     block_k: int  # classes of a tile
+    groups: int  # of a tile, one for each thread
     tiles: int  # tiles of a row, or of a step of a loop
+    tail: int  # classes that each thread has of a row besides, in narrower tiles
     num_warps: int  # of a thread block
     num_ctas: int  # thread blocks of a cluster
     stages: int  # of the loop over rows, where a program goes from row to row: 2, the next is on its way; else 0
@@ -98,41 +103,57 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def _per_thread(num_classes: int, threads: int) -> int:
+    """Classes for each thread, an even number: a copy to shared memory has four bytes or more."""
+    return 2 * -(-num_classes // (2 * threads))
+
+
 def plan(
-    num_rows: int, num_classes: int, element_size: int, *, holds_rows: bool, aligned: bool, plain: bool, device: Device
+    num_rows: int,
+    num_classes: int,
+    element_size: int,
+    *,
+    holds_rows: bool,
+    aligned: bool,
+    plain: bool,
+    device: Device,
+    window: int = 0,
 ) -> Plan:
     """The Plan for N rows of K classes: the table above. `plain`: a class has nothing but its logit, and no softcap."""
-    warp, tiles = device.warp_size, TILES if plain else TILES_WITH_MORE
-    moves_on = plain and aligned
+    warp = device.warp_size
     width = max(16, _power_of_2(num_classes))
     rows = max(1, SMALLEST_TILE // width)
     if rows > 1:
         path = "resident" if holds_rows else "loop"
-        return Plan(path, rows, width, 1, 1, 1, 0, -(-num_rows // rows), 255)
+        return Plan(path, rows, width, width // 8, 1, 0, 1, 1, 0, -(-num_rows // rows), 255)
 
-    threads = max(warp, width // (tiles * CLASSES_PER_THREAD))
-    if holds_rows and threads <= RESIDENT_THREADS:
-        block_k = threads * CLASSES_PER_THREAD
-        per_multiprocessor = 65536 // (threads * RESIDENT_REGISTERS)
-        num_tiles = -(-num_classes // block_k)
-        copies = 2 * num_tiles * block_k * element_size + SHARED_FOR_SUMS
-        stages = 2 if moves_on and copies <= device.shared_bytes and per_multiprocessor <= 2 else 0
-        programs = min(num_rows, device.multiprocessors * per_multiprocessor) if stages else num_rows
-        return Plan("resident", 1, block_k, num_tiles, threads // warp, 1, stages, programs, RESIDENT_REGISTERS)
-
-    if holds_rows and device.clusters and threads <= RESIDENT_THREADS * LARGEST_CLUSTER:
-        block_k = threads * CLASSES_PER_THREAD
+    few, many = (FEW, MANY) if plain else (FEW_WITH_MORE, MANY_WITH_MORE)
+    threads = max(warp, _power_of_2(-(-num_classes // many)))
+    registers, per_tile = (REGISTERS, 8) if num_classes <= threads * few else (MORE_REGISTERS, 16)
+    num_ctas = 1
+    if threads * registers > MULTIPROCESSOR_REGISTERS and device.clusters:
         num_ctas = min(LARGEST_CLUSTER, threads // CLUSTER_THREADS)
         while num_ctas < LARGEST_CLUSTER and 2 * num_ctas * num_rows <= device.multiprocessors:
             num_ctas *= 2  # few rows: as many blocks as there are multiprocessors
-        stages = 2 if moves_on and threads // num_ctas == RESIDENT_THREADS else 0
-        places = max(1, device.multiprocessors // MULTIPROCESSORS_PER_CLUSTER)
-        programs = min(num_rows, places) if stages else num_rows
-        num_tiles, num_warps = -(-num_classes // block_k), threads // num_ctas // warp
-        return Plan("cluster", 1, block_k, num_tiles, num_warps, num_ctas, stages, programs, RESIDENT_REGISTERS)
+    per_multiprocessor = MULTIPROCESSOR_REGISTERS // (threads // num_ctas * registers)
+    if holds_rows and per_multiprocessor:
+        in_edge = threads - window if window else 0  # classes, at most
+        tiles, tail = divmod(_per_thread(num_classes - in_edge, threads), per_tile)
+        copies = 2 * threads // num_ctas * (tiles * per_tile + tail) * element_size + SHARED_FOR_SUMS
+        one_or_two = per_multiprocessor <= (2 if num_ctas == 1 else 1)
+        stages = 2 if plain and aligned and one_or_two and copies <= device.shared_bytes else 0
+        programs = num_rows
+        if stages and num_ctas == 1:
+            programs = min(num_rows, device.multiprocessors * per_multiprocessor)
+        elif stages:
+            programs = min(num_rows, max(1, device.multiprocessors // MULTIPROCESSORS_PER_CLUSTER))
+        path, num_warps = "resident" if num_ctas == 1 else "cluster", threads // num_ctas // warp
+        block_k = threads * per_tile
+        return Plan(path, 1, block_k, threads, tiles, tail, num_warps, num_ctas, stages, programs, registers)
 
     threads = _power_of_2(-(-num_classes * element_size // LOOP_BYTES_PER_THREAD))
     threads = min(max(threads, warp), LARGEST_LOOP if plain else LARGEST_LOOP // 2)
     tiles = min(LOOP_TILES, max(1, width // (threads * CLASSES_PER_THREAD)))
     registers = LOOP_REGISTERS if plain else 2 * LOOP_REGISTERS
-    return Plan("loop", 1, threads * CLASSES_PER_THREAD, tiles, threads // warp, 1, 0, num_rows, registers)
+    block_k, num_warps = threads * CLASSES_PER_THREAD, threads // warp
+    return Plan("loop", 1, block_k, threads, tiles, 0, num_warps, 1, 0, num_rows, registers)

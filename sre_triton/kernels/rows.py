@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import LN_2, exp2_near_0, fma, less_product, log2_parts, reciprocal, value_of
-from .formulas import coin_h_and_u, finite_maximum
+from .formulas import coin_h_and_u, finite_maximum, gradient_of
 
 
 class Inputs(NamedTuple):
@@ -71,7 +71,9 @@ class Variant(NamedTuple):
     STAGES: int  # of the loop over rows, where a program goes from row to row; 0 where it has one set of rows
     ROWS: int  # rows of a program at a time
     BLOCK_K: int  # classes of a tile
+    GROUPS: int  # of a tile: each thread has one, eight or sixteen classes
     TILES: int  # tiles of a row that is resident, or in one step of a loop
+    TAIL: int  # classes of each group that a resident row has besides: see groups.py, `num_tiles`
     FULL: int  # how many tiles of a resident row are full in every row, and need no mask
     ALIGN: int  # K and the strides are multiples of it
     VECTOR: int  # classes in 16 bytes
@@ -243,3 +245,15 @@ def coefficients_of(
         of_p += omega * (2.0 * value_of(scalars.z_loss) * (m + log_sum))
     coef_e = if_counted(counted, scale * of_p * reciprocal(exp_sum, PTX), 0.0)
     return coef_e, if_counted(counted, scale * of_u * LN_2, 0.0), -scale
+
+
+@triton.jit
+def gradient_at_targets(inputs, scalars, targets, constants, coefficients, VARIANT: tl.constexpr):
+    """The gradient at each row's target class."""
+    _, z_g, w_g = targets
+    coef_e, coef_u, coef_y = coefficients
+    share, at_target = shares(inputs, scalars, VARIANT)
+    y_g = share + at_target
+    return gradient_of(
+        z_g, w_g * y_g, constants, coef_e, coef_u * (1.0 - y_g), coef_y, scalars.softcap, True, VARIANT.PTX
+    )

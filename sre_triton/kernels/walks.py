@@ -24,9 +24,18 @@ from .formulas import (
     sums_of_y,
     weighted_sums_of_h_and_u,
 )
-from .groups import column, largest_of_row, sum_of_row, sum_pairs
-from .memory import full_tile, last_step, load_tiles, place_of_edge, place_of_tile, window_of
-from .rows import shares, zeros
+from .groups import (
+    again_of,
+    column,
+    largest_of_row,
+    num_again,
+    num_tiles,
+    start_of,
+    sum_of_row,
+    sum_pairs,
+)
+from .memory import full_tile, last_step, load_tiles, place_of, place_of_edge, place_of_tile, window_of
+from .rows import gradient_at_targets, shares, zeros
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sums over tiles, and their gradient
@@ -41,9 +50,9 @@ def sums_of_tiles(tiles, constants, VARIANT: tl.constexpr):
     """
     z, y, _, _ = tiles
     if VARIANT.PROBABILITIES:
-        return weighted_sums_of_h_and_u(z, y, columns(constants, z[0]), VARIANT.ADJACENT, VARIANT.CTAS, VARIANT.PTX)
+        return weighted_sums_of_h_and_u(z, y, columns(constants, z[0]), VARIANT)
     else:
-        return sums_of_h_and_u(z, columns(constants, z[0]), VARIANT.ADJACENT, VARIANT.CTAS, VARIANT.PTX)
+        return sums_of_h_and_u(z, columns(constants, z[0]), VARIANT)
 
 
 @triton.jit
@@ -93,18 +102,22 @@ def _store_gradient(gradient_ptr, gradient_stride, row, place, gradient, mask, V
 
 @triton.jit
 def store_gradient_of_tiles(
-    inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, start, tiles, constants, coefficients,
-    FULL: tl.constexpr, VARIANT: tl.constexpr,
+    inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, start, tiles, targets, constants,
+    coefficients, FULL: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of tiles that are in registers, without the target's part.
+    """Write the gradient of tiles that are in registers; that of a target is left to `store_gradient_of_rest`.
 
-    The first FULL tiles are full in every row, and need no mask.
+    The first FULL tiles are full in every row, and need no mask. In a narrow tile, whose threads have fewer classes
+    than one instruction stores, the target's gradient is put into the tile.
     """
     z, y, wy, _ = tiles
-    TILES: tl.constexpr = VARIANT.TILES  # without the annotation Triton 3.6 takes it for a value of the running program
-    for i in tl.static_range(TILES):
-        place = place_of_tile(inputs, row, counted, window, start + i * VARIANT.BLOCK_K, VARIANT)
+    if VARIANT.TAIL > 0 and not VARIANT.PROBABILITIES:  # the compiler makes one of this and the one of the rest
+        gradient_g = gradient_at_targets(inputs, scalars, targets, constants, coefficients, VARIANT)
+    for i in tl.static_range(num_tiles(VARIANT)):
+        place = place_of_tile(inputs, row, counted, window, start, i, VARIANT)
         gradient = _gradient_of_tile(inputs, scalars, z[i], y[i], wy[i], constants, coefficients, VARIANT)
+        if i >= num_again(VARIANT) and not VARIANT.PROBABILITIES:
+            gradient = tl.where(place[1] == targets[0].to(tl.int32), gradient_g, gradient)
         mask = place[2] if VARIANT.ROWS > 1 or i >= FULL else None
         _store_gradient(gradient_ptr, gradient_stride, row, place, gradient, mask, VARIANT)
 
@@ -118,39 +131,40 @@ def store_gradient_of_rest(
 
     The tiles have written a gradient at the target as at any other class. The target's own gradient differs, and is
     written over it. Only the thread that wrote the class before may do this: its two stores keep their order, where
-    another thread's store could come first. A store of one element would be done by the program's first thread. So the
-    whole tile with the target is stored again, under a mask that is true at the target alone: every thread is asked for
-    the same classes as before, and no barrier is needed. Example: with BLOCK_K = 2048, no window and g = 5000, this is
-    the tile of the classes 4096 to 6143, and the mask is true at class 5000.
+    another thread's store could come first. A store of one element would be done by the program's first thread. So a
+    part of the tile is stored again, as much as the threads store with one instruction each, under a mask that is true
+    at the target alone: the thread that has the target is the one that had it before, and no barrier is needed.
+    Example: with bf16, 256 threads, no window and g = 5000, these are the classes 4096 to 6143, and the mask is true at
+    class 5000.
 
-    The edge is stored once. If the target lies there, its gradient is put into the edge before the store, and the mask
-    of the tile is true nowhere.
+    The edge is stored once, as a narrow tile is. If the target lies in one of them, its gradient is put into it before
+    the store, and the mask is true nowhere.
     """
     if not VARIANT.PROBABILITIES:
-        g, z_g, w_g = targets
-        coef_e, coef_u, coef_y = coefficients
-        share, at_target = shares(inputs, scalars, VARIANT)
-        y_g = share + at_target
-        gradient_g = gradient_of(
-            z_g, w_g * y_g, constants, coef_e, coef_u * (1.0 - y_g), coef_y, scalars.softcap, True, VARIANT.PTX
-        )
-        # The tile with the target once more, under a mask: the thread that wrote the class before writes it again.
-        if VARIANT.ROWS == 1:
-            col = g.to(tl.int32) - window[1]
-            place = place_of_tile(inputs, row, counted, window, col // VARIANT.BLOCK_K * VARIANT.BLOCK_K, VARIANT)
-            mask = place[1] == (tl.where(col < window[2], g, -1) if VARIANT.WINDOW else g).to(tl.int32)
-        else:
-            place = place_of_tile(inputs, row, counted, window, 0, VARIANT)
-            mask = place[3] & (place[1] == g.to(tl.int32)[:, None])
-        gradient_g = gradient_g.to(gradient_ptr.dtype.element_ty)
-        gradient, _ = tl.broadcast(column(gradient_g, place[1]), place[1])
-        _store_gradient(gradient_ptr, gradient_stride, row, place, gradient, mask, VARIANT)
+        g, _, _ = targets
+        gradient_g = gradient_at_targets(inputs, scalars, targets, constants, coefficients, VARIANT)
+        if num_again(VARIANT) > 0:
+            # What the target lies in once more, under a mask: the thread that wrote the class before writes it again.
+            if VARIANT.ROWS == 1:
+                col = g.to(tl.int32) - window[1]
+                start = col // again_of(VARIANT) * again_of(VARIANT)
+                place = place_of(inputs, row, counted, window, start, again_of(VARIANT), VARIANT)
+                if VARIANT.WINDOW:
+                    g = tl.where(col < window[2], g, -1)
+                if VARIANT.TAIL > 0:
+                    g = tl.where(col < start_of(VARIANT, num_again(VARIANT)), g, -1)
+                mask = place[1] == g.to(tl.int32)
+            else:
+                place = place_of_tile(inputs, row, counted, window, 0, 0, VARIANT)
+                mask = place[3] & (place[1] == g.to(tl.int32)[:, None])
+            gradient, _ = tl.broadcast(column(gradient_g.to(gradient_ptr.dtype.element_ty), place[1]), place[1])
+            _store_gradient(gradient_ptr, gradient_stride, row, place, gradient, mask, VARIANT)
     if VARIANT.WINDOW:
         z, y, wy, _ = edge
         place = place_of_edge(inputs, row, window, VARIANT)
         gradient = _gradient_of_tile(inputs, scalars, z, y, wy, constants, coefficients, VARIANT)
         if not VARIANT.PROBABILITIES:
-            gradient = tl.where(place[1] == g, gradient_g, gradient)
+            gradient = tl.where(place[1] == targets[0], gradient_g, gradient)
         _store_gradient(gradient_ptr, gradient_stride, row, place, gradient, place[2], VARIANT)
 
 
@@ -159,12 +173,12 @@ def store_no_gradient(inputs, gradient_ptr, gradient_stride, row, counted, VARIA
     """Write zeros as the gradient of the program's rows, none of which counts."""
     window = window_of(inputs, row, VARIANT)
     for start in range(0, inputs.num_classes * VARIANT.ALIGN, VARIANT.BLOCK_K):
-        place = place_of_tile(inputs, row, counted, window, start, VARIANT)
+        place = place_of(inputs, row, counted, window, start, VARIANT.BLOCK_K, VARIANT)
         zero = full_tile(VARIANT.BLOCK_K, 0.0, VARIANT)
         _store_gradient(gradient_ptr, gradient_stride, row, place, zero, place[2], VARIANT)
     if VARIANT.WINDOW:
         place = place_of_edge(inputs, row, window, VARIANT)
-        zero = full_tile(VARIANT.BLOCK_K // 8, 0.0, VARIANT)
+        zero = full_tile(VARIANT.GROUPS, 0.0, VARIANT)
         _store_gradient(gradient_ptr, gradient_stride, row, place, zero, place[2], VARIANT)
 
 
@@ -199,12 +213,12 @@ def lse_of_tiles(inputs, scalars, tiles, edge, VARIANT: tl.constexpr):
     edge_z = None
     if VARIANT.WINDOW:
         edge_z = edge[0]
-    m = maximum_of(z, edge_z, VARIANT.ADJACENT, VARIANT.CTAS)
+    m = maximum_of(z, edge_z, VARIANT)
     reference = reference_of(m, VARIANT.PTX)
-    exp_sum = sum_of_exps(z, edge_z, reference, VARIANT.ADJACENT, VARIANT.CTAS)
+    exp_sum = sum_of_exps(z, edge_z, reference, VARIANT)
     if VARIANT.HAS_Y:
         finite = column(finite_maximum(m), z[0])
-        y_sum, yz_sum, omega = sums_of_y(z, wy, given, finite, VARIANT.ADJACENT, VARIANT.CTAS)
+        y_sum, yz_sum, omega = sums_of_y(z, wy, given, finite, VARIANT)
         if VARIANT.WINDOW:
             _, _, edge_y, edge_yz, edge_omega = lse_of_edge(edge[0], edge[2], edge[3], True)
             edge_yz += edge_y * (finite_maximum(edge[0]) - finite)
@@ -212,7 +226,7 @@ def lse_of_tiles(inputs, scalars, tiles, edge, VARIANT: tl.constexpr):
         return (m, exp_sum, sum_of_row(y_sum), sum_of_row(yz_sum), sum_of_row(omega)), reference
     elif VARIANT.SMOOTHED:
         finite = column(finite_maximum(m), z[0])
-        _, z_sum, _ = sums_of_y(z, wy, wy, finite, VARIANT.ADJACENT, VARIANT.CTAS)
+        _, z_sum, _ = sums_of_y(z, wy, wy, finite, VARIANT)
         if VARIANT.WINDOW:
             z_sum += tl.where(edge[1] == 0, 0.0, edge[0] - finite)
         lse = m, exp_sum, zeros(VARIANT), sum_of_row(z_sum), zeros(VARIANT)
@@ -230,16 +244,16 @@ def walk_lse(inputs, scalars, row, counted, window, edge, VARIANT: tl.constexpr)
     if VARIANT.WINDOW:
         lse = lse_of_edge(edge[0], edge[2], edge[3], VARIANT.HAS_Y or VARIANT.SMOOTHED)
     else:
-        none, zero = full_tile(VARIANT.BLOCK_K // 8, -INF, VARIANT), full_tile(VARIANT.BLOCK_K // 8, 0.0, VARIANT)
+        none, zero = full_tile(VARIANT.GROUPS, -INF, VARIANT), full_tile(VARIANT.GROUPS, 0.0, VARIANT)
         # Triton 3.6 and 3.8 rewrite a sum in a loop that begins at a constant, and fail if it is used twice afterwards.
         zero += tl.program_id(0).to(tl.float32) * 0.0
         lse = none, zero, zero, zero, zero
     last = last_step(inputs, VARIANT)
     for start in range(0, last, VARIANT.TILES * VARIANT.BLOCK_K):
         z, _, wy, given = load_tiles(inputs, scalars, row, counted, window, start, VARIANT.TILES, VARIANT)
-        lse = add_to_lse(lse, z, wy, given, VARIANT.HAS_Y or VARIANT.SMOOTHED, VARIANT.ADJACENT)
+        lse = add_to_lse(lse, z, wy, given, VARIANT.HAS_Y or VARIANT.SMOOTHED, VARIANT)
     z, _, wy, given = load_tiles(inputs, scalars, row, counted, window, last, 0, VARIANT)
-    lse = add_to_lse(lse, z, wy, given, VARIANT.HAS_Y or VARIANT.SMOOTHED, VARIANT.ADJACENT)
+    lse = add_to_lse(lse, z, wy, given, VARIANT.HAS_Y or VARIANT.SMOOTHED, VARIANT)
     m = largest_of_row(lse[0])
     reference = reference_of(m, VARIANT.PTX)
     lse = lse_of_row(lse, reference, m, zeros(VARIANT), VARIANT.HAS_Y or VARIANT.SMOOTHED)
@@ -268,20 +282,21 @@ def walk_sums(inputs, scalars, row, counted, window, edge, constants, VARIANT: t
 
 @triton.jit
 def walk_gradient(
-    inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, constants, coefficients, VARIANT: tl.constexpr
+    inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, targets, constants, coefficients,
+    VARIANT: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of each row in memory, a step of tiles at a time; one read, one write."""
     last = last_step(inputs, VARIANT)
     for start in range(0, last, VARIANT.TILES * VARIANT.BLOCK_K):
         tiles = load_tiles(inputs, scalars, row, counted, window, start, VARIANT.TILES, VARIANT)
         store_gradient_of_tiles(
-            inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, start, tiles, constants, coefficients,
-            VARIANT.TILES, VARIANT,
+            inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, start, tiles, targets, constants,
+            coefficients, VARIANT.TILES, VARIANT,
         )  # fmt: skip
     tiles = load_tiles(inputs, scalars, row, counted, window, last, 0, VARIANT)
     store_gradient_of_tiles(
-        inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, last, tiles, constants, coefficients,
-        0, VARIANT,
+        inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, last, tiles, targets, constants,
+        coefficients, 0, VARIANT,
     )  # fmt: skip
 
 
@@ -293,13 +308,14 @@ def store_gradient(
     """Write the gradient of each row: that of its tiles, in registers or in memory, then of its target and its edge."""
     if VARIANT.RESIDENT:
         store_gradient_of_tiles(
-            inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, 0, tiles, constants, coefficients,
-            VARIANT.FULL, VARIANT,
+            inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, 0, tiles, targets, constants,
+            coefficients, VARIANT.FULL, VARIANT,
         )  # fmt: skip
     else:
         walk_gradient(
-            inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, constants, coefficients, VARIANT
-        )
+            inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, targets, constants, coefficients,
+            VARIANT,
+        )  # fmt: skip
     store_gradient_of_rest(
         inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, edge, targets, constants, coefficients,
         VARIANT,

@@ -14,31 +14,38 @@ MI300X = Device(warp_size=64, multiprocessors=304, clusters=False, shared_bytes=
 MANY = 10**6
 
 
-def of(num_classes, device=H100, num_rows=MANY, element_size=2, holds_rows=True, plain=True, aligned=True):
-    return plan(num_rows, num_classes, element_size, holds_rows=holds_rows, aligned=aligned, plain=plain, device=device)
+def of(num_classes, device=H100, num_rows=MANY, element_size=2, holds_rows=True, plain=True, aligned=True, window=0):
+    return plan(
+        num_rows, num_classes, element_size,
+        holds_rows=holds_rows, aligned=aligned, plain=plain, device=device, window=window,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("num_classes", "expected"),
     [
-        (1, ("resident", 16, 16, 1, 1, 1, 0, 62500, 255)),
-        (16, ("resident", 16, 16, 1, 1, 1, 0, 62500, 255)),
-        (17, ("resident", 8, 32, 1, 1, 1, 0, 125000, 255)),
-        (128, ("resident", 2, 128, 1, 1, 1, 0, 500000, 255)),
-        (129, ("resident", 1, 256, 1, 1, 1, 0, MANY, 128)),
-        (1000, ("resident", 1, 256, 4, 1, 1, 0, MANY, 128)),
-        (1025, ("resident", 1, 512, 3, 2, 1, 0, MANY, 128)),
-        (4096, ("resident", 1, 1024, 4, 4, 1, 0, MANY, 128)),
-        (4097, ("resident", 1, 2048, 3, 8, 1, 2, 264, 128)),
-        (8192, ("resident", 1, 2048, 4, 8, 1, 2, 264, 128)),
-        (8193, ("resident", 1, 4096, 3, 16, 1, 2, 132, 128)),
-        (16384, ("resident", 1, 4096, 4, 16, 1, 2, 132, 128)),
-        (16385, ("cluster", 1, 8192, 3, 4, 8, 0, MANY, 128)),
-        (50257, ("cluster", 1, 16384, 4, 4, 16, 0, MANY, 128)),
-        (65537, ("cluster", 1, 32768, 3, 8, 16, 0, MANY, 128)),
-        (131073, ("cluster", 1, 65536, 3, 16, 16, 2, 7, 128)),
-        (262144, ("cluster", 1, 65536, 4, 16, 16, 2, 7, 128)),
-        (262145, ("loop", 1, 8192, 2, 32, 1, 0, MANY, 64)),
+        # path, rows, classes of a tile, groups, tiles, tail, warps, blocks, stages, programs, registers
+        (1, ("resident", 16, 16, 2, 1, 0, 1, 1, 0, 62500, 255)),
+        (16, ("resident", 16, 16, 2, 1, 0, 1, 1, 0, 62500, 255)),
+        (17, ("resident", 8, 32, 4, 1, 0, 1, 1, 0, 125000, 255)),
+        (128, ("resident", 2, 128, 16, 1, 0, 1, 1, 0, 500000, 255)),
+        (129, ("resident", 1, 256, 32, 0, 6, 1, 1, 0, MANY, 128)),
+        (1000, ("resident", 1, 256, 32, 4, 0, 1, 1, 0, MANY, 128)),
+        (1025, ("resident", 1, 512, 32, 2, 2, 1, 1, 0, MANY, 168)),
+        (4096, ("resident", 1, 1024, 128, 4, 0, 4, 1, 0, MANY, 128)),
+        (6400, ("resident", 1, 2048, 128, 3, 2, 4, 1, 0, MANY, 168)),
+        (6401, ("resident", 1, 2048, 256, 3, 2, 8, 1, 2, 264, 128)),
+        (8192, ("resident", 1, 2048, 256, 4, 0, 8, 1, 2, 264, 128)),
+        (8193, ("resident", 1, 4096, 256, 2, 2, 8, 1, 2, 132, 168)),
+        (16384, ("resident", 1, 4096, 512, 4, 0, 16, 1, 2, 132, 128)),
+        (16385, ("cluster", 1, 8192, 512, 2, 2, 4, 4, 0, MANY, 168)),
+        (50304, ("cluster", 1, 16384, 1024, 3, 2, 4, 8, 0, MANY, 168)),
+        (102400, ("cluster", 1, 32768, 2048, 3, 2, 4, 16, 0, MANY, 168)),
+        (102401, ("cluster", 1, 32768, 4096, 3, 2, 8, 16, 0, MANY, 128)),
+        (131073, ("cluster", 1, 65536, 4096, 2, 2, 8, 16, 2, 7, 168)),
+        (204801, ("cluster", 1, 65536, 8192, 3, 2, 16, 16, 2, 7, 128)),
+        (262144, ("cluster", 1, 65536, 8192, 4, 0, 16, 16, 2, 7, 128)),
+        (262145, ("loop", 1, 8192, 1024, 2, 0, 32, 1, 0, MANY, 64)),
     ],
 )
 def test_table_of_an_h100(num_classes, expected):
@@ -66,9 +73,9 @@ def test_what_a_device_does_not_have():
 
 
 def test_few_rows_fill_the_gpu():
-    for num_rows, num_ctas in ((1, 16), (8, 16), (9, 8), (16, 8), (66, 8), (132, 8)):
+    for num_rows, num_ctas in ((1, 16), (8, 16), (9, 8), (16, 8), (17, 4), (132, 4)):
         how = of(20000, num_rows=num_rows)
-        assert (how.num_ctas, how.num_warps * how.num_ctas) == (num_ctas, 32)
+        assert (how.num_ctas, how.num_warps * how.num_ctas) == (num_ctas, 16)
     assert of(100000, num_rows=4).num_ctas == 16
     assert of(16384, num_rows=3).programs == 3
 
@@ -80,10 +87,18 @@ def test_small_gpus_have_programs():
 
 
 def test_options_take_registers():
-    assert of(8192, plain=False)[:7] == ("resident", 1, 4096, 2, 16, 1, 0)
-    assert of(8193, plain=False)[:6] == ("cluster", 1, 8192, 2, 4, 8)
+    assert of(6144, plain=False)[:9] == ("resident", 1, 4096, 256, 1, 8, 8, 1, 0)
+    assert of(8192, plain=False)[:9] == ("resident", 1, 4096, 512, 2, 0, 16, 1, 0)
+    assert of(8193, plain=False)[:8] == ("cluster", 1, 8192, 512, 1, 2, 4, 4)
     assert of(131073, plain=False).path == "loop"
-    assert of(300000, plain=False)[4:] == (16, 1, 0, MANY, 128)
+    assert of(300000, plain=False)[6:] == (16, 1, 0, MANY, 128)
+
+
+def test_an_edge_takes_a_class_for_each_thread():
+    # 50257 = 48 x 1024 + 1105: the edge takes 1016 of the rest, so 50 would hold nothing that 48 and 2 do not.
+    assert of(50257, aligned=False)[4:6] == (3, 2)
+    assert of(49152 + 1016, aligned=False, window=8)[4:6] == (3, 0)
+    assert of(49152 + 1017, aligned=False, window=8)[4:6] == (3, 2)
 
 
 def test_rows_that_are_not_aligned_are_not_on_their_way():
@@ -107,6 +122,10 @@ def test_every_plan_can_be_launched(device):
         assert how.programs * how.rows >= num_rows or how.stages
         if how.path != "loop":
             assert holds_rows
-            assert how.block_k * how.tiles >= num_classes > how.block_k * (how.tiles - 1)
+            places = how.block_k * how.tiles + how.tail * how.groups
+            assert places >= num_classes
+            assert how.tail * how.groups < how.block_k
+            assert how.rows > 1 or num_classes > places - 2 * how.groups
         if how.rows == 1:
-            assert how.block_k == 8 * threads * how.num_ctas
+            assert how.groups == threads * how.num_ctas
+            assert how.block_k in (8 * how.groups, 16 * how.groups)
