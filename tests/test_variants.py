@@ -202,6 +202,30 @@ for num_classes in (1000, 1400, 5003, 16384, 21841, 32768, 50257, 262144, 300000
         assert len(set(layouts)) == 1
 
 
+def test_what_a_row_needs_last_is_loaded_before_its_threads_meet():
+    # scale and λ: behind the last reduction, whose barriers no load passes, their latency would be waited for.
+    code = """
+import torch
+from cross_compile import OnGpu, compile_only
+from helpers import options_of
+from sre_triton.kernels import primitives
+
+launches = compile_only("sm_90")
+options = options_of(reg_weight=OnGpu(torch.ones(())))
+for num_classes in (10, 1000, 5003, 16384, 50257, 262144, 300000):
+    logits, target = torch.empty(600, num_classes, dtype=torch.bfloat16), torch.zeros(600, dtype=torch.long)
+    primitives.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(600), options)
+    print(launches[-1].compiled.asm["ttgir"], "-- the next --")
+"""
+    texts = run("-c", code).split("-- the next --")[:-1]
+    assert len(texts) == 7
+    for text in texts:
+        # λ is a scalar, scale is one too or has a value for each of the rows that share a program.
+        loads = [match.start() for match in re.finditer(r"tt\.load .*: (tensor<16x)?!tt\.ptr<f32>", text)]
+        assert len(loads) == 2
+        assert max(loads) < text.index('"tt.reduce"')
+
+
 def test_the_next_row_is_on_its_way():
     code = """
 import torch

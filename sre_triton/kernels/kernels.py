@@ -38,6 +38,7 @@ from .memory import (
 from .rows import (
     coefficients_of,
     constants_of,
+    factors_of,
     losses_of,
     lse_with_targets,
     stats_of,
@@ -61,6 +62,7 @@ def _loss_of_counted_rows(
     target, tiles, VARIANT: tl.constexpr,
 ):  # fmt: skip
     """Write the losses, and if asked for the statistics and the gradient, of rows that are read."""
+    factors = factors_of(scalars, scale_ptr, scale_stride, row, counted)
     targets = at_targets(inputs, scalars, row, target, counted, VARIANT)
     window = window_of(inputs, row, VARIANT)
     edge = load_edge(inputs, scalars, row, window, VARIANT)
@@ -78,14 +80,13 @@ def _loss_of_counted_rows(
     else:
         h_sum, u_sum = walk_sums(inputs, scalars, row, counted, window, edge, constants, VARIANT)
     h_sum, u_sum = sums_with_targets(inputs, scalars, h_sum, u_sum, targets, constants, VARIANT)
-    store_per_row(losses_ptr, inputs, row, losses_of(scalars, lse, h_sum, log_sum, counted, VARIANT), 0, VARIANT)
+    losses = losses_of(scalars, factors, lse, h_sum, log_sum, counted, VARIANT)
+    store_per_row(losses_ptr, inputs, row, losses, 0, VARIANT)
     if stats_ptr is not None:
         store_per_row(stats_ptr, inputs, row, stats_of(lse, reference), 0, VARIANT)
         store_per_row(stats_ptr, inputs, row, (h_sum, u_sum), 5, VARIANT)
     if gradient_ptr is not None:
-        coefficients = coefficients_of(
-            inputs, scalars, scale_ptr, scale_stride, row, counted, lse, exp_sum, log_sum, u_sum, VARIANT.PTX
-        )
+        coefficients = coefficients_of(scalars, factors, counted, lse, exp_sum, log_sum, u_sum, VARIANT.PTX)
         store_gradient(
             inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, edge, tiles, targets, constants,
             coefficients, VARIANT,
@@ -217,14 +218,13 @@ def row_gradient_kernel(
     target, counted = counted_targets(inputs, scalars, row, inside, VARIANT)
     if any_counted(counted, VARIANT):
         masked = None if VARIANT.ROWS == 1 else counted
+        factors = factors_of(scalars, scale_ptr, scale_stride, row, masked)
         targets = at_targets(inputs, scalars, row, target, masked, VARIANT)
         m, constants, exp_sum, log_sum = _constants_from_stats(inputs, scalars, stats_ptr, row, inside, masked, VARIANT)
         y_sum = load_per_row(stats_ptr, inputs, row, 2, inside)
         lse = m, exp_sum, y_sum, y_sum, load_per_row(stats_ptr, inputs, row, 4, inside)
         u_sum = load_per_row(stats_ptr, inputs, row, 6, inside)
-        coefficients = coefficients_of(
-            inputs, scalars, scale_ptr, scale_stride, row, masked, lse, exp_sum, log_sum, u_sum, VARIANT.PTX
-        )
+        coefficients = coefficients_of(scalars, factors, masked, lse, exp_sum, log_sum, u_sum, VARIANT.PTX)
         window = window_of(inputs, row, VARIANT)
         edge = load_edge(inputs, scalars, row, window, VARIANT)
         store_gradient(

@@ -15,6 +15,7 @@ were no target; functions named ..._with_targets correct the sums.
 Tuples that go through the kernels, all of values of the row:
 
     targets       (g, z_g, w_g): the target's column, its logit, its weight (memory.py: `at_targets`)
+    factors       (λ', scale)
     lse           (m, s, Σ w y, Σ w y (z - m), ω)
     reference     (factor, product, lost) (formulas.py: `reference_of`)
     constants     (factor, product, off, s c): what formulas.py needs at each class
@@ -215,31 +216,45 @@ def sums_with_targets(inputs, scalars, h_sum, u_sum, targets, constants, VARIANT
 
 
 @triton.jit
-def losses_of(scalars, lse, h_sum, log_sum, counted, VARIANT: tl.constexpr):
+def factors_of(scalars, scale_ptr, scale_stride, row, counted):
+    """(λ', scale) of each row; without a pointer to scale nobody reads the second.
+
+    `scale_ptr` points to scale, the factor of each row's loss in the result that is differentiated: 1/N for a mean over
+    N rows, times the upstream gradient. `scale_stride` is 0 where all rows have the same scale.
+
+    They are loaded with the target, though they are needed last: after the row's last reduction nobody would have
+    anything to do while they are on their way.
+    """
+    reg_weight = value_of(scalars.reg_weight)
+    if scale_ptr is None:
+        return reg_weight, reg_weight
+    else:
+        return reg_weight, load_if_counted(scale_ptr + row * scale_stride, counted)
+
+
+@triton.jit
+def losses_of(scalars, factors, lse, h_sum, log_sum, counted, VARIANT: tl.constexpr):
     """(loss, H, S, α lse²) of each row, each times the row's weight."""
+    reg_weight, _ = factors
     m, _, y_sum, yz_sum, omega = lse
     cross_entropy = if_counted(counted, fma(y_sum, log_sum, -yz_sum), 0.0)
     regularizer = if_counted(counted, omega * h_sum, 0.0)
     z_penalty = zeros(VARIANT)
     if scalars.z_loss is not None:
         z_penalty = if_counted(counted, value_of(scalars.z_loss) * omega * (m + log_sum) * (m + log_sum), 0.0)
-    loss = less_product(cross_entropy, value_of(scalars.reg_weight), regularizer) + z_penalty
+    loss = less_product(cross_entropy, reg_weight, regularizer) + z_penalty
     return loss, cross_entropy, regularizer, z_penalty
 
 
 @triton.jit
-def coefficients_of(
-    inputs, scalars, scale_ptr, scale_stride, row, counted, lse, exp_sum, log_sum, u_sum, PTX: tl.constexpr
-):  # fmt: skip
+def coefficients_of(scalars, factors, counted, lse, exp_sum, log_sum, u_sum, PTX: tl.constexpr):
     """(coef_p / s, coef_u in bits, coef_y) of each row: see the formulas above.
 
     The gradient is computed from e and from u in bits, so s divides the first, and log 2 multiplies the second.
-    `scale_ptr` points to scale, the factor of each row's loss in the result that is differentiated: 1/N for a mean over
-    N rows, times the upstream gradient. `scale_stride` is 0 where all rows have the same scale.
     """
+    reg_weight, scale = factors
     m, _, y_sum, _, omega = lse
-    scale = load_if_counted(scale_ptr + row * scale_stride, counted)
-    of_u = omega * value_of(scalars.reg_weight)
+    of_u = omega * reg_weight
     of_p = less_product(y_sum, of_u, u_sum)
     if scalars.z_loss is not None:
         of_p += omega * (2.0 * value_of(scalars.z_loss) * (m + log_sum))
