@@ -78,7 +78,8 @@ def losses_of_rows(
         y = (1 - label_smoothing) * y + even if smoothed else y
         H = cross_entropy(d - log_sum, y if w is None else w * y)
     S = omega * ((1 - even) * h.sum(1) - (1 - label_smoothing) * h_target)
-    z_penalty = (0.0 if options.z_loss is None else options.z_loss) * omega * (m + log_sum).squeeze(1).square()
+    lse = (m + log_sum).squeeze(1)
+    z_penalty = torch.zeros_like(lse) if options.z_loss is None else options.z_loss * omega * lse.square()
     loss = H - options.reg_weight * S + z_penalty
     losses = torch.stack([loss, H, S, z_penalty]).detach()
     return (torch.where(ignored, 0, loss), torch.where(ignored, 0, losses)) if look else (loss, losses)

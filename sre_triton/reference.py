@@ -131,7 +131,7 @@ def self_regularized_entropy(
     regularizer = omega * ((1 - y) * coin_entropy(t)).sum(dim)
     if class_mean:
         regularizer = regularizer / (num_classes - 1) if num_classes > 1 else torch.zeros_like(regularizer)
-    z_penalty = z_loss * omega * lse.square()
+    z_penalty = z_loss * omega * lse.square() if z_loss else torch.zeros_like(lse)
 
     rows = torch.where(ignored, 0, torch.stack([cross_entropy, regularizer, z_penalty]))
     if reduction != "none":

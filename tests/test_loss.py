@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers import OPTIONS, loss_and_gradient, problem, truth
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from sre_triton import Parts, SelfRegularizedEntropyLoss, messages, self_regularized_entropy
+from sre_triton import Parts, SelfRegularizedEntropyLoss, messages, reference, self_regularized_entropy
 from sre_triton.compiled import inductor
 from sre_triton.compiled import uncompiled as uncompiled_passes
 
@@ -144,6 +144,16 @@ def test_warns_of_many_classes_where_reg_weight_is_not_read(monkeypatch, uncompi
     assert counter.frame_count == 1
     torch.compiler.reset()
     assert warned(torch.compile(loss, fullgraph=True, backend="eager"), 255, torch.tensor(0.5)) == 0
+
+
+def test_a_z_loss_that_is_not_in_use_is_0_in_a_row_of_nan_too(quick_backend):
+    logits, target, _ = problem(3, 20, {})
+    logits[1, 4] = torch.nan
+    _, parts = self_regularized_entropy(logits, target, reduction="none", return_parts=True, backend=quick_backend)
+    assert parts.cross_entropy.isnan().tolist() == [False, True, False]
+    assert (parts.z_loss == 0).all()
+    _, parts = reference.self_regularized_entropy(logits, target, reduction="none")
+    assert (parts.z_loss == 0).all()
 
 
 def test_out_of_range_target_while_compiling_spoils_its_own_row_only(backend):

@@ -71,6 +71,20 @@ def test_primitives_compose(K, probabilities, module):
     torch.testing.assert_close(fused_gradient, gradient)
 
 
+@pytest.mark.parametrize("K", [10, 300])
+def test_ignored_rows_have_no_statistics(K, on_triton):
+    kernels = backend.primitives(on_triton)
+    logits, target, _ = problem(9, K, {})
+    target[::2], logits[0], logits[2], logits[4] = -100, torch.nan, -torch.inf, torch.inf
+    options = options_of()
+    losses, stats = kernels.row_loss(logits, target, None, options)
+    lse = kernels.row_lse(logits, target, None, options)
+    sums = kernels.row_sums(logits, target, stats[:5], options)
+    assert (stats[0, 1::2] != 0).all()
+    for found in (losses, stats, lse, sums):
+        assert (found[:, ::2] == 0).all()
+
+
 @both_targets
 def test_backends_agree_on_the_statistics(probabilities, on_triton, uncompiled):
     logits, target, keywords = problem(9, 30, OPTIONS["all"], probabilities=probabilities)

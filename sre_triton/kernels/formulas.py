@@ -205,7 +205,8 @@ def lse_of_row(lse, reference, m, zero, HAS_Y: tl.constexpr):
     """
     m_group, exp_sum, y_sum, yz_sum, omega = lse
     factor, product = column(reference[0], m_group), column(reference[1], m_group)
-    exp_sum = sum_of_row(exp_sum * exp2(fma(m_group, factor, -product)))
+    # Not a plain product: fused with the first addition it would be rounded in one of two lanes, and their sums differ.
+    exp_sum = sum_of_row(fma(exp_sum, exp2(fma(m_group, factor, -product)), 0.0))
     if HAS_Y:
         yz_sum += y_sum * (finite_maximum(m_group) - column(finite_maximum(m), m_group))
         return m, exp_sum, sum_of_row(y_sum), sum_of_row(yz_sum), sum_of_row(omega)

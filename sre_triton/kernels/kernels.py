@@ -36,6 +36,7 @@ from .memory import (
     window_of,
 )
 from .rows import (
+    all_if_counted,
     coefficients_of,
     constants_of,
     factors_of,
@@ -83,8 +84,8 @@ def _loss_of_counted_rows(
     losses = losses_of(scalars, factors, lse, h_sum, log_sum, counted, VARIANT)
     store_per_row(losses_ptr, inputs, row, losses, 0, VARIANT)
     if stats_ptr is not None:
-        store_per_row(stats_ptr, inputs, row, stats_of(lse, reference), 0, VARIANT)
-        store_per_row(stats_ptr, inputs, row, (h_sum, u_sum), 5, VARIANT)
+        store_per_row(stats_ptr, inputs, row, stats_of(lse, reference, counted), 0, VARIANT)
+        store_per_row(stats_ptr, inputs, row, all_if_counted(counted, (h_sum, u_sum)), 5, VARIANT)
     if gradient_ptr is not None:
         coefficients = coefficients_of(scalars, factors, counted, lse, exp_sum, log_sum, u_sum, VARIANT.PTX)
         store_gradient(
@@ -163,7 +164,7 @@ def row_lse_kernel(inputs, scalars, stats_ptr, VARIANT: tl.constexpr):
         window = window_of(inputs, row, VARIANT)
         edge = load_edge(inputs, scalars, row, window, VARIANT)
         lse, reference = walk_lse(inputs, scalars, row, masked, window, edge, VARIANT)
-        stats = stats_of(lse_with_targets(inputs, scalars, lse, targets, VARIANT), reference)
+        stats = stats_of(lse_with_targets(inputs, scalars, lse, targets, VARIANT), reference, masked)
         store_per_row(stats_ptr, inputs, row, stats, 0, VARIANT)
     else:
         zero = zeros(VARIANT)
@@ -198,7 +199,7 @@ def row_sums_kernel(inputs, scalars, stats_ptr, sums_ptr, VARIANT: tl.constexpr)
         edge = load_edge(inputs, scalars, row, window, VARIANT)
         h_sum, u_sum = walk_sums(inputs, scalars, row, masked, window, edge, constants, VARIANT)
         sums = sums_with_targets(inputs, scalars, h_sum, u_sum, targets, constants, VARIANT)
-        store_per_row(sums_ptr, inputs, row, sums, 0, VARIANT)
+        store_per_row(sums_ptr, inputs, row, all_if_counted(masked, sums), 0, VARIANT)
     else:
         store_per_row(sums_ptr, inputs, row, (zeros(VARIANT), zeros(VARIANT)), 0, VARIANT)
 

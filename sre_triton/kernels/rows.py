@@ -187,14 +187,23 @@ def constants_of(scalars, reference, exp_sum, counted, PTX: tl.constexpr):
 
 
 @triton.jit
-def stats_of(lse, reference):
+def all_if_counted(counted, values):
+    """A tuple of values of the rows, 0 where a row does not count."""
+    found = ()
+    for i in tl.static_range(len(values)):
+        found = found + (if_counted(counted, values[i], 0.0),)
+    return found
+
+
+@triton.jit
+def stats_of(lse, reference, counted):
     """(m, s, Σ w y, Σ w y (z - m), ω) of each row as `row_lse` returns them: here s is Σ exp(z - m).
 
     In the kernels s is 2^lost times as large (formulas.py: `reference_of`).
     """
     m, exp_sum, y_sum, yz_sum, omega = lse
     _, _, lost = reference
-    return m, exp_sum * exp2_near_0(-lost), y_sum, yz_sum, omega
+    return all_if_counted(counted, (m, exp_sum * exp2_near_0(-lost), y_sum, yz_sum, omega))
 
 
 @triton.jit

@@ -322,8 +322,6 @@ def truth(logits, target, weight, scale, options: dict):
     )  # fmt: skip
     loss.backward(scale.double().expand(len(logits)))
     losses = torch.stack([loss.detach(), *parts])
-    if not options["z_loss"]:
-        losses[3] = 0  # the kernels do not multiply a NaN by the 0 that is not there
     return losses, leaf.grad
 
 
