@@ -101,10 +101,10 @@ def maximum_of(tiles, edge, VARIANT: tl.constexpr):
     The maxima of groups are taken first, then the threads meet once.
     """
     m = tiles[0]
-    for i in tl.static_range(1, num_alike(VARIANT)):
+    for i in tl.static_range(1, num_alike(VARIANT.TILES)):
         m = tl.maximum(m, tiles[i])
     m = maximum_of_groups(m, VARIANT)
-    for i in tl.static_range(num_alike(VARIANT), len(tiles)):
+    for i in tl.static_range(num_alike(VARIANT.TILES), len(tiles)):
         m = tl.maximum(m, maximum_of_groups(tiles[i], VARIANT))
     if edge is not None:
         m = tl.maximum(m, edge)
@@ -116,11 +116,11 @@ def sum_of_exps(tiles, edge, reference, VARIANT: tl.constexpr):
     """s, the sum of e over each row, from its tiles in registers and its edge."""
     factor, product = column(reference[0], tiles[0]), column(reference[1], tiles[0])
     _, exp_sum = _exp(tiles[0], factor, product)
-    for i in tl.static_range(1, num_alike(VARIANT)):
+    for i in tl.static_range(1, num_alike(VARIANT.TILES)):
         _, e = _exp(tiles[i], factor, product)
         exp_sum += e
     exp_sum = sum_of_groups(exp_sum, VARIANT)
-    for i in tl.static_range(num_alike(VARIANT), len(tiles)):
+    for i in tl.static_range(num_alike(VARIANT.TILES), len(tiles)):
         _, e = _exp(tiles[i], factor, product)
         exp_sum += sum_of_groups(e, VARIANT)
     if edge is not None:
@@ -143,13 +143,13 @@ def sums_of_y(z, wy, given, m, VARIANT: tl.constexpr):
     tile.
     """
     y_sum, yz_sum, omega = wy[0], _yz(z[0], wy[0], m), given[0]
-    for i in tl.static_range(1, num_alike(VARIANT)):
+    for i in tl.static_range(1, num_alike(VARIANT.TILES)):
         y_sum += wy[i]
         yz_sum += _yz(z[i], wy[i], m)
         omega += given[i]
     y_sum, yz_sum = sum_of_groups(y_sum, VARIANT), sum_of_groups(yz_sum, VARIANT)
     omega = sum_of_groups(omega, VARIANT)
-    for i in tl.static_range(num_alike(VARIANT), len(z)):
+    for i in tl.static_range(num_alike(VARIANT.TILES), len(z)):
         y_sum += sum_of_groups(wy[i], VARIANT)
         yz_sum += sum_of_groups(_yz(z[i], wy[i], m), VARIANT)
         omega += sum_of_groups(given[i], VARIANT)
@@ -244,7 +244,7 @@ def _sums_in_factors(z, constants, VARIANT: tl.constexpr):
     _, t, mu, _ = coin(z, constants, VARIANT.PTX)
     v = t * mu
     u = less_product(v, v, mu)
-    for level in tl.static_range(levels_of(z, VARIANT, LOG2_FACTOR)):
+    for level in tl.static_range(levels_of(z, VARIANT.GROUPS, LOG2_FACTOR)):
         a, b = halves(mu, level, VARIANT)
         mu = a + less_product(b, a, b)
     return tl.abs(v), u, mu
@@ -253,7 +253,7 @@ def _sums_in_factors(z, constants, VARIANT: tl.constexpr):
 @triton.jit
 def _product_of_groups(M, P, tile, VARIANT: tl.constexpr):
     """(M, P) of each group, from those of the tile's factors."""
-    for level in tl.static_range(LOG2_FACTOR, levels_of(tile, VARIANT)):
+    for level in tl.static_range(LOG2_FACTOR, levels_of(tile, VARIANT.GROUPS)):
         a, b = halves(M, level, VARIANT)
         P_a, P_b = halves(P, level, VARIANT)
         M, P = a + less_product(b, a, b), P_a * P_b
@@ -271,17 +271,17 @@ def sums_of_h_and_u(tiles, constants, VARIANT: tl.constexpr):
     """
     v_sum, u_sum, M = _sums_in_factors(tiles[0], constants, VARIANT)
     P = 1.0 - M
-    for i in tl.static_range(1, num_alike(VARIANT)):
+    for i in tl.static_range(1, num_alike(VARIANT.TILES)):
         v, u, mu = _sums_in_factors(tiles[i], constants, VARIANT)
         # The sums begin with the first tile and not with 0: an addition to 0 is an instruction too.
         v_sum, u_sum = v_sum + v, u_sum + u
         M, P = M + less_product(mu, M, mu), less_product(P, P, mu)
     M, P = _product_of_groups(M, P, tiles[0], VARIANT)
     v_sum, u_sum = sum_of_groups(v_sum, VARIANT), sum_of_groups(u_sum, VARIANT)
-    for i in tl.static_range(num_alike(VARIANT), len(tiles)):
+    for i in tl.static_range(num_alike(VARIANT.TILES), len(tiles)):
         v, u, mu = _sums_in_factors(tiles[i], constants, VARIANT)
         v_sum, u_sum = v_sum + sum_of_groups(v, VARIANT), u_sum + sum_of_groups(u, VARIANT)
-        if levels_of(tiles[i], VARIANT) > LOG2_FACTOR:
+        if levels_of(tiles[i], VARIANT.GROUPS) > LOG2_FACTOR:
             mu, rest = _product_of_groups(mu, 1.0 - mu, tiles[i], VARIANT)
             M, P = M + less_product(mu, M, mu), P * rest
         else:
@@ -297,11 +297,11 @@ def weighted_sums_of_h_and_u(z, y, constants, VARIANT: tl.constexpr):
     """
     h, u = coin_h_and_u(z[0], constants, VARIANT.PTX)
     h_sum, u_sum = (1.0 - y[0]) * h, (1.0 - y[0]) * u
-    for i in tl.static_range(1, num_alike(VARIANT)):
+    for i in tl.static_range(1, num_alike(VARIANT.TILES)):
         h, u = coin_h_and_u(z[i], constants, VARIANT.PTX)
         h_sum, u_sum = h_sum + (1.0 - y[i]) * h, u_sum + (1.0 - y[i]) * u
     h_sum, u_sum = sum_of_groups(h_sum, VARIANT), sum_of_groups(u_sum, VARIANT)
-    for i in tl.static_range(num_alike(VARIANT), len(z)):
+    for i in tl.static_range(num_alike(VARIANT.TILES), len(z)):
         h, u = coin_h_and_u(z[i], constants, VARIANT.PTX)
         h_sum += sum_of_groups((1.0 - y[i]) * h, VARIANT)
         u_sum += sum_of_groups((1.0 - y[i]) * u, VARIANT)

@@ -23,8 +23,11 @@ LOG2_GROUP = tl.constexpr(3)
 # The tiles of a row, computed while a kernel is compiled
 
 
+# They take numbers and no Variant, of which Triton 3.6 makes a mere tuple on the way.
+
+
 @triton.constexpr_function
-def num_tiles(VARIANT):
+def num_tiles(TILES, TAIL):
     """How many tiles a row has, or a step of a walk: TILES whole ones, and the narrower ones of the tail.
 
     A whole tile has eight or sixteen classes for each thread. TAIL is the number of classes for each thread that are
@@ -34,13 +37,12 @@ def num_tiles(VARIANT):
         tile       0            1               2               3
         classes    0 to 2047    2048 to 4095    4096 to 5119    5120 to 5631, of which those from 5400 on do not exist
     """
-    return VARIANT.TILES + VARIANT.TAIL.bit_count()
+    return TILES + TAIL.bit_count()
 
 
-# These two take numbers, as Triton 3.6 hands a Variant on to a second such function as a mere tuple.
 @triton.constexpr_function
-def _start_of(BLOCK_K, GROUPS, TILES, TAIL, i):
-    """The first class of tile i; of the last one and one more, how many classes all have."""
+def start_of(BLOCK_K, GROUPS, TILES, TAIL, i):
+    """The first class of tile i; of the last one and one more, how many classes all tiles have."""
     whole, tail = min(i, TILES), TAIL
     for _ in range(whole, i):
         tail -= 1 << tail.bit_length() >> 1  # its largest power of 2
@@ -48,57 +50,42 @@ def _start_of(BLOCK_K, GROUPS, TILES, TAIL, i):
 
 
 @triton.constexpr_function
-def _again_of(BLOCK_K, GROUPS, ROWS, ADJACENT, CTAS):
-    """How many classes are stored again."""
-    return GROUPS << ADJACENT if CTAS == 1 and ROWS == 1 else BLOCK_K
-
-
-@triton.constexpr_function
-def start_of(VARIANT, i):
-    """The first class of tile i."""
-    return _start_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL, i)
-
-
-@triton.constexpr_function
-def width_of(VARIANT, i):
+def width_of(BLOCK_K, GROUPS, TILES, TAIL, i):
     """How many classes tile i has, whether they exist or not."""
-    tiles = VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL
-    return _start_of(*tiles, i + 1) - _start_of(*tiles, i)
+    return start_of(BLOCK_K, GROUPS, TILES, TAIL, i + 1) - start_of(BLOCK_K, GROUPS, TILES, TAIL, i)
 
 
 @triton.constexpr_function
-def again_of(VARIANT):
+def again_of(BLOCK_K, GROUPS, ROWS, ADJACENT, CTAS):
     """How many classes are stored again for the target (walks.py, `store_gradient_of_rest`).
 
     They are as many as the threads store with one instruction each: a tile begins at a multiple of them, so the same
     thread has a class in it and in the tile. In a cluster they are a whole tile, since the part of a thread block
     depends on the tile's width.
     """
-    return _again_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.ROWS, VARIANT.ADJACENT, VARIANT.CTAS)
+    return GROUPS << ADJACENT if CTAS == 1 and ROWS == 1 else BLOCK_K
 
 
 @triton.constexpr_function
-def num_again(VARIANT):
+def num_again(BLOCK_K, GROUPS, TILES, TAIL, again):
     """How many tiles are wide enough for the target to be stored again; it is put into the others."""
-    tiles = VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL
-    again = _again_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.ROWS, VARIANT.ADJACENT, VARIANT.CTAS)
     count = 0
-    while _start_of(*tiles, count + 1) - _start_of(*tiles, count) >= again:
+    while width_of(BLOCK_K, GROUPS, TILES, TAIL, count) >= again:
         count += 1
     return count
 
 
 @triton.constexpr_function
-def num_alike(VARIANT):
+def num_alike(TILES):
     """How many of the first tiles are as wide as the first."""
-    return max(1, VARIANT.TILES)
+    return max(1, TILES)
 
 
 @triton.constexpr_function
-def levels_of(tile, VARIANT, most=4):
+def levels_of(tile, GROUPS, most=4):
     """How often a tile, or a half of one, can be halved until each thread has one number of it; at most so often."""
     levels = 0
-    while levels < most and (VARIANT.GROUPS << levels) < tile.shape[-1]:
+    while levels < most and (GROUPS << levels) < tile.shape[-1]:
         levels += 1
     return levels
 
@@ -155,7 +142,7 @@ def halves(x, LEVEL: tl.constexpr, VARIANT: tl.constexpr):
 @triton.jit
 def sum_of_groups(x, VARIANT: tl.constexpr):
     """The sum of each group of a tile, (GROUPS,) or (ROWS, GROUPS)."""
-    for level in tl.static_range(levels_of(x, VARIANT)):
+    for level in tl.static_range(levels_of(x, VARIANT.GROUPS)):
         a, b = halves(x, level, VARIANT)
         x = a + b
     return x
@@ -164,7 +151,7 @@ def sum_of_groups(x, VARIANT: tl.constexpr):
 @triton.jit
 def maximum_of_groups(x, VARIANT: tl.constexpr):
     """The maximum of each group of a tile, (GROUPS,) or (ROWS, GROUPS)."""
-    for level in tl.static_range(levels_of(x, VARIANT)):
+    for level in tl.static_range(levels_of(x, VARIANT.GROUPS)):
         a, b = halves(x, level, VARIANT)
         x = tl.maximum(a, b)
     return x

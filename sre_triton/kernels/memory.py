@@ -144,7 +144,9 @@ def window_of(inputs, row, VARIANT: tl.constexpr):
         length = ((begin + K) // VARIANT.VECTOR * VARIANT.VECTOR - first).to(tl.int32)
         # What is longer than the tiles of a row, or the steps of a walk, goes with the edge.
         if VARIANT.RESIDENT:
-            length = tl.minimum(length, start_of(VARIANT, num_tiles(VARIANT)))
+            COUNT: tl.constexpr = num_tiles(VARIANT.TILES, VARIANT.TAIL)
+            END: tl.constexpr = start_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL, COUNT)
+            length = tl.minimum(length, END)
         else:
             length = tl.minimum(length, last_step(inputs, VARIANT) + VARIANT.TILES * VARIANT.BLOCK_K)
         return first, (first - begin).to(tl.int32), length
@@ -164,7 +166,9 @@ def full_tile(WIDTH: tl.constexpr, value: tl.constexpr, VARIANT: tl.constexpr):
 @triton.jit
 def place_of_tile(inputs, row, counted, window, start, i: tl.constexpr, VARIANT: tl.constexpr):
     """The place of tile i of those that begin `start` classes into the window: see `place_of`."""
-    return place_of(inputs, row, counted, window, start + start_of(VARIANT, i), width_of(VARIANT, i), VARIANT)
+    START: tl.constexpr = start_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL, i)
+    WIDTH: tl.constexpr = width_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL, i)
+    return place_of(inputs, row, counted, window, start + START, WIDTH, VARIANT)
 
 
 @triton.jit
@@ -256,7 +260,7 @@ def load_tiles(inputs, scalars, row, counted, window, start, FULL: tl.constexpr,
     every row, so they need no mask. With K = 5000, BLOCK_K = 2048 and TILES = 3, FULL is 2.
     """
     z, y, wy, given = (), (), (), ()
-    for i in tl.static_range(num_tiles(VARIANT)):
+    for i in tl.static_range(num_tiles(VARIANT.TILES, VARIANT.TAIL)):
         place = place_of_tile(inputs, row, counted, window, start, i, VARIANT)
         z_i, y_i, wy_i, given_i = _load(inputs, scalars, row, place, VARIANT.ROWS > 1 or i >= FULL, VARIANT)
         z, y, wy, given = z + (z_i,), y + (y_i,), wy + (wy_i,), given + (given_i,)

@@ -113,10 +113,12 @@ def store_gradient_of_tiles(
     z, y, wy, _ = tiles
     if VARIANT.TAIL > 0 and not VARIANT.PROBABILITIES:  # the compiler makes one of this and the one of the rest
         gradient_g = gradient_at_targets(inputs, scalars, targets, constants, coefficients, VARIANT)
-    for i in tl.static_range(num_tiles(VARIANT)):
+    AGAIN: tl.constexpr = again_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.ROWS, VARIANT.ADJACENT, VARIANT.CTAS)
+    NUM_AGAIN: tl.constexpr = num_again(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL, AGAIN)
+    for i in tl.static_range(num_tiles(VARIANT.TILES, VARIANT.TAIL)):
         place = place_of_tile(inputs, row, counted, window, start, i, VARIANT)
         gradient = _gradient_of_tile(inputs, scalars, z[i], y[i], wy[i], constants, coefficients, VARIANT)
-        if i >= num_again(VARIANT) and not VARIANT.PROBABILITIES:
+        if i >= NUM_AGAIN and not VARIANT.PROBABILITIES:
             gradient = tl.where(place[1] == targets[0].to(tl.int32), gradient_g, gradient)
         mask = place[2] if VARIANT.ROWS > 1 or i >= FULL else None
         _store_gradient(gradient_ptr, gradient_stride, row, place, gradient, mask, VARIANT)
@@ -143,16 +145,19 @@ def store_gradient_of_rest(
     if not VARIANT.PROBABILITIES:
         g, _, _ = targets
         gradient_g = gradient_at_targets(inputs, scalars, targets, constants, coefficients, VARIANT)
-        if num_again(VARIANT) > 0:
+        AGAIN: tl.constexpr = again_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.ROWS, VARIANT.ADJACENT, VARIANT.CTAS)
+        NUM_AGAIN: tl.constexpr = num_again(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL, AGAIN)
+        if NUM_AGAIN > 0:
             # What the target lies in once more, under a mask: the thread that wrote the class before writes it again.
             if VARIANT.ROWS == 1:
                 col = g.to(tl.int32) - window[1]
-                start = col // again_of(VARIANT) * again_of(VARIANT)
-                place = place_of(inputs, row, counted, window, start, again_of(VARIANT), VARIANT)
+                place = place_of(inputs, row, counted, window, col // AGAIN * AGAIN, AGAIN, VARIANT)
                 if VARIANT.WINDOW:
                     g = tl.where(col < window[2], g, -1)
                 if VARIANT.TAIL > 0:
-                    g = tl.where(col < start_of(VARIANT, num_again(VARIANT)), g, -1)
+                    g = tl.where(
+                        col < start_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL, NUM_AGAIN), g, -1
+                    )
                 mask = place[1] == g.to(tl.int32)
             else:
                 place = place_of_tile(inputs, row, counted, window, 0, 0, VARIANT)
