@@ -1,9 +1,9 @@
 """What the kernels cost, counted in their code; no GPU is needed.
 
-    python perf/kernel_budget.py > sm_90.csv                  every kernel as it would be launched, a line each
+    python perf/kernel_budget.py > /tmp/sm_90.csv             every kernel as it would be launched, a line each
     python perf/kernel_budget.py --target gfx942              or sm_80, sm_100, sm_103, sm_120, gfx950
     python perf/kernel_budget.py --options                    the options' prices: a table of its own
-    python perf/kernel_budget.py --plot budget.png            and drawn
+    python perf/kernel_budget.py --plot /tmp/budget.png       and drawn
     python perf/kernel_budget.py --against sweep_k.csv        predictions beside what a GPU did
 
 Instructions and special functions (exponentials, logarithms, reciprocals) are those that all threads of a row execute,

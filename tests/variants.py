@@ -1,8 +1,8 @@
 """Compiles the kernels for GPUs that are not here, through the launcher, and reports what came out.
 
-    python tests/variants.py sm_90 > sm_90.jsonl               variants in which any two settings meet
+    python tests/variants.py sm_90 > /tmp/sm_90.jsonl          variants in which any two settings meet
     python tests/variants.py sm_90 --random 4000 > ...         as many at random, about one a second
-    python tests/variants.py all --boundaries --others --resume table.jsonl
+    python tests/variants.py all --boundaries --others --resume /tmp/table.jsonl
                                                                a training step of each dtype, at every boundary of
                                                                plan.py and in every quarter between two; then the other
                                                                kernels and options, once with each way to hold rows
@@ -10,8 +10,8 @@
 The last is the whole table, up to 1200 kernels for each GPU; called again, it goes on where it was stopped. With
 another Triton than the installed one:
 
-    pip install --no-deps --target triton36 triton==3.6.0
-    PYTHONPATH=triton36 python tests/variants.py all --boundaries --others --resume table.jsonl
+    pip install --no-deps --target /tmp/triton36 triton==3.6.0
+    PYTHONPATH=/tmp/triton36 python tests/variants.py all --boundaries --others --resume /tmp/table.jsonl
 
 One JSON object a line: Triton, the GPU, the call, the kernel, its variant, and what its code is like. Every kernel is
 compiled in a process of its own. Where that ends without an answer, its last words are in the line, as "died", and the
