@@ -43,8 +43,8 @@ def assert_can_be_launched(line):
         # What Triton 3.8 cannot compile for Blackwell, if it does not see it early enough. (3.6 and 3.7 take -y for
         # 0 - y, also of a product.)
         assert line["subtracted_products"] == 0 or not line["triton"].startswith("3.8"), line
-        # Bytes: of rows of 3200 classes in bf16 on sm_100, and with Triton before 3.8 of more.
-        assert line["spill"] <= (8 if has_clusters(line["triton"]) else 32), line
+        # Bytes: on sm_100 where a thread holds 50 classes, and with Triton before 3.8 elsewhere.
+        assert line["spill"] <= (16 if has_clusters(line["triton"]) else 32), line
         narrow = line["variant"] and line["variant"]["TILES"] == 0  # rows so short that no thread has 16 bytes
         assert line["widest"] >= 16 or line["less"] != "0" or narrow, line
 

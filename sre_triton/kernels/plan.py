@@ -136,6 +136,8 @@ def plan(
         while num_ctas < LARGEST_CLUSTER and 2 * num_ctas * num_rows <= device.multiprocessors:
             num_ctas *= 2  # few rows: as many blocks as there are multiprocessors
     per_multiprocessor = MULTIPROCESSOR_REGISTERS // (threads // num_ctas * registers)
+    if per_multiprocessor == 1:  # then it may have them all
+        registers = min(255, MULTIPROCESSOR_REGISTERS // (threads // num_ctas))
     if holds_rows and per_multiprocessor:
         in_edge = threads - window if window else 0  # classes, at most
         tiles, tail = divmod(_per_thread(num_classes - in_edge, threads), per_tile)
