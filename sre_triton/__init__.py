@@ -47,7 +47,7 @@ lse = logsumexp(z), t = log(p / c), h = -R(p), u = -dh/dt, U = sum u, λ the wei
         shard.py        which classes a rank has;  dtensor.py: the same, told by a DTensor
         collectives.py  what ranks send each other: the maximum, the sums; the losses of whole rows
 
-tests/ has the same folders. tests/ptx/ runs the compiled kernels without a GPU, and proves that no barrier is missing.
+tests/ has the same folders. tests/ptx/ runs the compiled kernels without a GPU, and notices a missing barrier.
 
 A constant that was measured has the comment "Measured", with the machine; one that only a GPU can decide has "No GPU
 has timed this".

@@ -3,10 +3,13 @@
 How an option goes, λ for example, and where to add another one:
 
     functional.py, modules.py    a keyword, in the docstring too; in `FLOATS` of modules.py if it is a float
-    here                         `Options`; its check in `_check_values`; `Options.of_rows` and `_of_rows` make λ' of it
+    here                         `Options`, `Keywords`; its check in `_check_values`; `Options.of_rows` and `_of_rows`
+                                 make λ' of it
     primitives.py                `RowOptions`, the last argument of all primitives, and `OPTIONS`, the same for ops
-    kernels/                     launch.py `_scalars` -> rows.py `Scalars` -> rows.py, formulas.py: the mathematics
-    compiled/                    primitives.py `_made` -> passes.py `Scalars` -> passes.py, formulas.py
+    kernels/                     launch.py `_scalars` -> rows.py `Scalars` -> rows.py, formulas.py: the mathematics;
+                                 memory.py, and `plain` in launch.py, if a class then has more than its logit
+    compiled/                    primitives.py `_made` -> passes.py `Scalars` -> passes.py, formulas.py; uncompiled.py,
+                                 and `single_pass` in primitives.py, which knows what `ordinary` can do
     reference.py, eager.py       the same mathematics, for plain autograd
     sharding/collectives.py      `AGREED`: ranks must pass the same value
     tests/helpers.py, tests/variants.py, tests/ptx/check.py: what is tried with every kernel
