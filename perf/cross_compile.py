@@ -17,6 +17,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from sre_triton.kernels import launch
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -34,48 +36,85 @@ MULTIPROCESSORS = {
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227, "sm_120": 99, "gfx942": 64, "gfx950": 160}
 
 
-class _Driver:
-    """As much of a driver as compiling takes."""
+# Multiprocessors of one of the parts of a GPU in which a cluster must lie, at most: of an H100.
+PART = 18
+
+
+class Driver:
+    """As much of a driver as it takes to compile, and to launch what is compiled into the void."""
 
     def __init__(self, name: str) -> None:
         self.name, self.utils = name, self
+        self.multiprocessors = MULTIPROCESSORS[name]
 
     def get_current_target(self) -> GPUTarget:
+        """The GPU."""
         return TARGETS[self.name]
 
     def get_current_device(self) -> int:
+        """The only one."""
         return 0
 
     def get_current_stream(self, device: int) -> int:
+        """The only one."""
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"multiprocessor_count": MULTIPROCESSORS[self.name], "max_shared_mem": SHARED[self.name] << 10}
+        """What plan.py asks for."""
+        return {"multiprocessor_count": self.multiprocessors, "max_shared_mem": SHARED[self.name] << 10}
 
+    def launcher_cls(self, source: object, metadata: object) -> Callable:
+        """What takes a kernel to the void."""
+        return lambda *arguments: None
 
-_run = triton.runtime.JITFunction.run
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
+        """Module, function, registers, spilled bytes, the most threads of a block."""
+        return 1, 1, 0, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        """Nothing was loaded."""
+
+    def cuOccupancyMaxActiveClusters(self, function: int, shared: int, num_ctas: int) -> int:
+        """With one thread block on each multiprocessor, as the longest rows have."""
+        return max(1, self.multiprocessors // PART * (PART // num_ctas))
 
 
 class Launch(NamedTuple):
     """What would have been launched."""
 
     name: str
-    grid: tuple[int, ...]
-    keywords: dict[str, object]
+    programs: int
+    arguments: dict[str, object]
     compiled: triton.compiler.CompiledKernel
 
 
+_enqueue = launch.enqueue
+
+
+def pretend(target: str) -> None:
+    """From here on kernels are compiled for the target, and launched into the void."""
+    triton.runtime.driver.set_active(Driver(target))
+    launch.enqueue = _enqueue
+    forget()
+
+
 def compile_only(target: str) -> list[Launch]:
-    """From here on a launch compiles for the target, and is appended to the list."""
-    triton.runtime.driver.set_active(_Driver(target))
+    """From here on kernels are compiled for the target, and what would be launched is appended to the list."""
+    pretend(target)
     launches = []
 
-    def compile_and_record(self, *arguments, warmup, grid, **keywords):
-        compiled = _run(self, *arguments, warmup=True, grid=grid, **keywords)
-        launches.append(Launch(self.fn.__name__, grid, keywords, compiled))
+    def record(kernel, programs, arguments):
+        launches.append(Launch(kernel.src.fn.__name__, programs, arguments, kernel))
 
-    triton.runtime.JITFunction.run = compile_and_record
+    launch.enqueue = record
     return launches
+
+
+def forget() -> None:
+    """What was prepared for another GPU."""
+    launch._prepared.clear()
+    launch._gpu.cache_clear()
+    launch.device_of.cache_clear()
 
 
 class OnGpu:

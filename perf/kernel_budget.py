@@ -119,10 +119,10 @@ def line(target: str, kernel: str, dtype: str, num_classes: int, options: str = 
     launches = compile_only(target)
     call(kernel, num_classes, getattr(torch, dtype), dict(OPTIONS[options]))
     made = launches[-1]
-    code, metadata, variant = Code(made.compiled), made.compiled.metadata, made.keywords.get("VARIANT")
+    code, metadata, variant = Code(made.compiled), made.compiled.metadata, made.arguments.get("VARIANT")
     size = getattr(torch, dtype).itemsize
     if variant is None:  # rows of a stored gradient, and as many tiles as a row has
-        rows, block_k, path, stages = made.keywords["ROWS"], made.keywords["BLOCK_K"], "other", 1
+        rows, block_k, path, stages = made.arguments["ROWS"], made.arguments["BLOCK_K"], "other", 1
         steps, tiles, edge, vectors = -(-num_classes // block_k), 1, 0, 1
     else:
         rows, block_k, stages = variant.ROWS, variant.BLOCK_K, variant.STAGES
@@ -137,7 +137,7 @@ def line(target: str, kernel: str, dtype: str, num_classes: int, options: str = 
         if kernel in ("row_loss", "row_loss_and_gradient"):
             path = "loop" if not resident else "resident" if metadata.num_ctas == 1 else "cluster"
     num_rows = ELEMENTS // num_classes
-    turns = -(-num_rows // (rows * made.grid[0])) if stages else 1
+    turns = -(-num_rows // (rows * made.programs)) if stages else 1
 
     def trips(depth: int) -> float:
         """How often a loop runs: those over rows are the outermost, and the last step of a walk is not in its loop."""

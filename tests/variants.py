@@ -127,13 +127,12 @@ def plan_of(call: dict, num_classes: int) -> Plan:
     """How plan.py holds the rows of a call, if they were of so many classes, and aligned."""
     has_y = call["target"] != "indices" or bool(call["weight"] and call["label_smoothing"])
     return plan(
-        call["rows"],
         num_classes,
         call["dtype"].itemsize,
         holds_rows=call["primitive"] in ("row_loss", "row_loss_and_gradient"),
         aligned=True,
         plain=not has_y and not call["softcap"],
-        device=launch._device(None),
+        device=launch.device_of(None),
     )
 
 
@@ -250,7 +249,7 @@ def report(made: Launch, target: str) -> dict:
     widths += [int(size, 16) for size in re.findall(r"cp\.async\..*?(0x\w+)", text)]
     return {
         "kernel": made.name,
-        "variant": made.keywords["VARIANT"]._asdict() if "VARIANT" in made.keywords else {},
+        "variant": made.arguments["VARIANT"]._asdict() if "VARIANT" in made.arguments else {},
         "warps": metadata.num_warps,
         "ctas": metadata.num_ctas,
         "fusion": metadata.enable_fp_fusion,

@@ -64,8 +64,8 @@ def _scratch(z: Tensor) -> Sequence[Tensor | None]:
 def _exp(d: Tensor, x: Tensor | None) -> Tensor:
     """exp d, for d up to 0; x may be written over.
 
-    Of many logits by exp2. Measured on an AMD EPYC: torch.exp, which is MKL's, takes four times as long. What the product
-    loses is |d| 2^-24 of e, at a class whose part of the sum is e^-|d|.
+    Of many logits by exp2. Measured on an AMD EPYC: torch.exp, which is MKL's, takes four times as long. The product
+    loses |d| 2^-24 of e, at a class whose part of the sum is e^-|d|.
     """
     return d.exp() if x is None else torch.mul(d, LOG2_E, out=x).exp2()
 

@@ -56,6 +56,12 @@ def width_of(BLOCK_K, GROUPS, TILES, TAIL, i):
 
 
 @triton.constexpr_function
+def num_full(BLOCK_K, GROUPS, TILES, TAIL, shortest):
+    """How many tiles have a class at every place in every row, where rows have so many classes at least."""
+    return sum(start_of(BLOCK_K, GROUPS, TILES, TAIL, i + 1) <= shortest for i in range(num_tiles(TILES, TAIL)))
+
+
+@triton.constexpr_function
 def again_of(BLOCK_K, GROUPS, ROWS, ADJACENT, CTAS):
     """How many classes are stored again for the target (walks.py, `store_gradient_of_rest`).
 

@@ -42,6 +42,7 @@ from .rows import (
     factors_of,
     losses_of,
     lse_with_targets,
+    num_rows_of,
     stats_of,
     sums_with_targets,
     zeros,
@@ -118,7 +119,7 @@ def _loss_of_rows(
             store_no_gradient(inputs, gradient_ptr, gradient_stride, row, counted, VARIANT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_programs"])
 def row_loss_kernel(
     inputs, scalars, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, num_programs,
     VARIANT: tl.constexpr,
@@ -135,13 +136,13 @@ def row_loss_kernel(
     """
     if VARIANT.STAGES == 0:
         row = program_row(VARIANT)
-        inside = None if VARIANT.ROWS == 1 else row < inputs.num_rows
+        inside = None if VARIANT.ROWS == 1 else row < num_rows_of(inputs)
         _loss_of_rows(
             inputs, scalars, scale_ptr, scale_stride, losses_ptr, stats_ptr, gradient_ptr, gradient_stride, row, inside,
             None, VARIANT,
         )  # fmt: skip
     else:
-        for row_int32 in tl.range(tl.program_id(0), inputs.num_rows, num_programs, num_stages=VARIANT.STAGES):
+        for row_int32 in tl.range(tl.program_id(0), num_rows_of(inputs), num_programs, num_stages=VARIANT.STAGES):
             row = tl.cast(row_int32, tl.int64)
             # Ignored rows are loaded too: the load is under way while the row before is computed, and at this time the
             # target is not known.
@@ -156,7 +157,7 @@ def row_loss_kernel(
 def row_lse_kernel(inputs, scalars, stats_ptr, VARIANT: tl.constexpr):
     """Write the first five statistics of all rows, (5, N)."""
     row = program_row(VARIANT)
-    inside = None if VARIANT.ROWS == 1 else row < inputs.num_rows
+    inside = None if VARIANT.ROWS == 1 else row < num_rows_of(inputs)
     target, counted = counted_targets(inputs, scalars, row, inside, VARIANT)
     if any_counted(counted, VARIANT):
         masked = None if VARIANT.ROWS == 1 else counted
@@ -189,7 +190,7 @@ def _constants_from_stats(inputs, scalars, stats_ptr, row, inside, counted, VARI
 def row_sums_kernel(inputs, scalars, stats_ptr, sums_ptr, VARIANT: tl.constexpr):
     """Write the last two statistics of all rows, (2, N), from the first five."""
     row = program_row(VARIANT)
-    inside = None if VARIANT.ROWS == 1 else row < inputs.num_rows
+    inside = None if VARIANT.ROWS == 1 else row < num_rows_of(inputs)
     target, counted = counted_targets(inputs, scalars, row, inside, VARIANT)
     if any_counted(counted, VARIANT):
         masked = None if VARIANT.ROWS == 1 else counted
@@ -215,7 +216,7 @@ def row_gradient_kernel(
     same scale.
     """
     row = program_row(VARIANT)
-    inside = None if VARIANT.ROWS == 1 else row < inputs.num_rows
+    inside = None if VARIANT.ROWS == 1 else row < num_rows_of(inputs)
     target, counted = counted_targets(inputs, scalars, row, inside, VARIANT)
     if any_counted(counted, VARIANT):
         masked = None if VARIANT.ROWS == 1 else counted

@@ -32,7 +32,7 @@ import triton.language as tl
 
 from .arithmetic import INF, fma, tanh, value_of
 from .groups import column, num_tiles, start_of, width_of
-from .rows import load_if_counted, shares
+from .rows import load_if_counted, num_rows_of, shares
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def counted_targets(inputs, scalars, row, inside, VARIANT: tl.constexpr):
     `inside` says which rows exist, None if all of them. With probabilities there is no target: the row takes its place.
     """
     if VARIANT.PROBABILITIES:
-        return row, row < inputs.num_rows
+        return row, row < num_rows_of(inputs)
     else:
         target = load_if_counted(inputs.target_ptr + row, inside)
         if inside is None:
@@ -184,7 +184,7 @@ def place_of(inputs, row, counted, window, start, WIDTH: tl.constexpr, VARIANT: 
     cols = start + tl.arange(0, WIDTH)
     if VARIANT.ROWS > 1:
         cols = cols[None, :]
-        mask = (cols < length) & (row < inputs.num_rows)[:, None]
+        mask = (cols < length) & (row < num_rows_of(inputs))[:, None]
         return first[:, None] + cols, cols, mask, mask & counted[:, None]
     else:
         return first + cols, head + cols, cols < length, cols < length
@@ -282,7 +282,7 @@ def store_per_row(ptr, inputs, row, values, FIRST: tl.constexpr, VARIANT: tl.con
 
     The losses are such a matrix, (4, N), and the statistics, (7, N): a column is a row of logits.
     """
-    N = tl.cast(inputs.num_rows, tl.int64)
+    N = tl.cast(num_rows_of(inputs), tl.int64)
     for i in tl.static_range(len(values)):
         if VARIANT.ROWS == 1:
             tl.store(ptr + (FIRST + i) * N + row, values[i])
@@ -293,5 +293,5 @@ def store_per_row(ptr, inputs, row, values, FIRST: tl.constexpr, VARIANT: tl.con
 @triton.jit
 def load_per_row(ptr, inputs, row, i, inside):
     """The value of each row in row i of a matrix (count, N), as `store_per_row` wrote it; 0 outside `inside`."""
-    N = tl.cast(inputs.num_rows, tl.int64)
+    N = tl.cast(num_rows_of(inputs), tl.int64)
     return load_if_counted(ptr + i * N + row, inside)

@@ -1,5 +1,7 @@
 """Which path a kernel takes: one table, arithmetic on K and the device, the same in every process; nothing is timed.
 
+The number of rows is not asked for, so that a last batch, which is smaller, runs what is compiled.
+
     classes          path      what decides
     up to 128        resident  several rows share a program, until it has enough for a warp
     up to 6400       resident  three programs and more share a multiprocessor: one loads while others compute
@@ -28,10 +30,10 @@ narrow one of 2048. Every block has its part of every tile, and a thread sixteen
 
 The blocks meet where a value of the row is needed: its maximum, its sums.
 
-Clusters need compute capability 9.0 and Triton 3.8; without them rows of more than 16384 classes take the loop. Where
-there are fewer rows than multiprocessors, a cluster has as many smaller blocks as fill the GPU. Without clusters such a
-batch leaves the GPU idle: to split a row over programs that cannot wait for each other takes three launches, and is
-read as often as the loop reads it.
+Clusters need compute capability 9.0 and Triton 3.8; without them rows of more than 16384 classes take the loop. A GPU
+may have no room for a cluster as large, as a part of one has (MIG): launch.py asks its driver. Fewer rows than fill the
+GPU leave it idle: to split a row over programs that cannot wait for each other takes three launches, and is read as
+often as the loop reads it.
 
 Half as many classes fit where a class has more than its logit: a target probability, a weight that is smoothed, a
 softcap. In these cases, and where rows do not begin at multiples of 16 bytes, no row is on its way while another is
@@ -57,10 +59,8 @@ SHARED_FOR_SUMS = 1024
 MULTIPROCESSOR_REGISTERS = 65536
 # Three or four blocks of them share a multiprocessor: while one waits at a barrier, others compute.
 CLUSTER_THREADS = 128
-# Thread blocks: the most that Hopper and Blackwell allow.
+# Thread blocks of a cluster: the most that Hopper and Blackwell allow.
 LARGEST_CLUSTER = 16
-# Clusters of sixteen must lie in one of the parts of a GPU, of up to eighteen multiprocessors.
-MULTIPROCESSORS_PER_CLUSTER = 18
 # Rows of few classes share a program until it has so many classes; with more, the values of the rows spill.
 SMALLEST_TILE = 256
 # A step of a loop: two tiles are what 64 registers hold, with which a thousand threads share a multiprocessor.
@@ -78,7 +78,7 @@ class Device(NamedTuple):
 
     warp_size: int
     multiprocessors: int
-    clusters: bool
+    largest_cluster: int  # thread blocks; 1 where there are no clusters
     shared_bytes: int  # of a thread block, where the next row can be copied to shared memory; else 0
 
 
@@ -94,11 +94,11 @@ class Plan(NamedTuple):
     num_warps: int  # of a thread block
     num_ctas: int  # thread blocks of a cluster
     stages: int  # of the loop over rows, where a program goes from row to row: 2, the next is on its way; else 0
-    programs: int
+    programs: int  # at most, where they go from row to row; else 0, one for each set of rows
     registers: int  # of a thread, at most
 
 
-def _power_of_2(n: int) -> int:
+def power_of_2(n: int) -> int:
     """The smallest power of 2 that is not below n."""
     return 1 << (n - 1).bit_length()
 
@@ -109,7 +109,6 @@ def _per_thread(num_classes: int, threads: int) -> int:
 
 
 def plan(
-    num_rows: int,
     num_classes: int,
     element_size: int,
     *,
@@ -119,22 +118,20 @@ def plan(
     device: Device,
     window: int = 0,
 ) -> Plan:
-    """The Plan for N rows of K classes: the table above. `plain`: a class has nothing but its logit, and no softcap."""
+    """The Plan for rows of K classes: the table above. `plain`: a class has nothing but its logit, and no softcap."""
     warp = device.warp_size
-    width = max(16, _power_of_2(num_classes))
+    width = max(16, power_of_2(num_classes))
     rows = max(1, SMALLEST_TILE // width)
     if rows > 1:
         path = "resident" if holds_rows else "loop"
-        return Plan(path, rows, width, width // 8, 1, 0, 1, 1, 0, -(-num_rows // rows), 255)
+        return Plan(path, rows, width, width // 8, 1, 0, 1, 1, 0, 0, 255)
 
     few, many = (FEW, MANY) if plain else (FEW_WITH_MORE, MANY_WITH_MORE)
-    threads = max(warp, _power_of_2(-(-num_classes // many)))
+    threads = max(warp, power_of_2(-(-num_classes // many)))
     registers, per_tile = (REGISTERS, 8) if num_classes <= threads * few else (MORE_REGISTERS, 16)
     num_ctas = 1
-    if threads * registers > MULTIPROCESSOR_REGISTERS and device.clusters:
-        num_ctas = min(LARGEST_CLUSTER, threads // CLUSTER_THREADS)
-        while num_ctas < LARGEST_CLUSTER and 2 * num_ctas * num_rows <= device.multiprocessors:
-            num_ctas *= 2  # few rows: as many blocks as there are multiprocessors
+    if threads * registers > MULTIPROCESSOR_REGISTERS:
+        num_ctas = min(device.largest_cluster, threads // CLUSTER_THREADS)
     per_multiprocessor = MULTIPROCESSOR_REGISTERS // (threads // num_ctas * registers)
     if per_multiprocessor == 1:  # then it may have them all
         registers = min(255, MULTIPROCESSOR_REGISTERS // (threads // num_ctas))
@@ -144,18 +141,14 @@ def plan(
         copies = 2 * threads // num_ctas * (tiles * per_tile + tail) * element_size + SHARED_FOR_SUMS
         one_or_two = per_multiprocessor <= (2 if num_ctas == 1 else 1)
         stages = 2 if plain and aligned and one_or_two and copies <= device.shared_bytes else 0
-        programs = num_rows
-        if stages and num_ctas == 1:
-            programs = min(num_rows, device.multiprocessors * per_multiprocessor)
-        elif stages:
-            programs = min(num_rows, max(1, device.multiprocessors // MULTIPROCESSORS_PER_CLUSTER))
+        programs = max(1, device.multiprocessors * per_multiprocessor // num_ctas) if stages else 0
         path, num_warps = "resident" if num_ctas == 1 else "cluster", threads // num_ctas // warp
         block_k = threads * per_tile
         return Plan(path, 1, block_k, threads, tiles, tail, num_warps, num_ctas, stages, programs, registers)
 
-    threads = _power_of_2(-(-num_classes * element_size // LOOP_BYTES_PER_THREAD))
+    threads = power_of_2(-(-num_classes * element_size // LOOP_BYTES_PER_THREAD))
     threads = min(max(threads, warp), LARGEST_LOOP if plain else LARGEST_LOOP // 2)
     tiles = min(LOOP_TILES, max(1, width // (threads * CLASSES_PER_THREAD)))
     registers = LOOP_REGISTERS if plain else 2 * LOOP_REGISTERS
     block_k, num_warps = threads * CLASSES_PER_THREAD, threads // warp
-    return Plan("loop", 1, block_k, threads, tiles, 0, num_warps, 1, 0, num_rows, registers)
+    return Plan("loop", 1, block_k, threads, tiles, 0, num_warps, 1, 0, 0, registers)

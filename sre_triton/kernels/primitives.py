@@ -2,19 +2,21 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..primitives import NUM_LOSSES, NUM_LSE, NUM_STATS, NUM_SUMS, RowOptions, new_gradient, new_per_row, primitive
 from .kernels import row_gradient_kernel, row_loss_kernel, row_lse_kernel, row_sums_kernel
-from .launch import launch, on_device
+from .launch import Prepared, active_clusters, compile_kernel, device_of, launch, launch_small, on_device
+from .plan import power_of_2
 from .small import inverse_count_kernel, scale_gradient_kernel, scaled_sum_kernel
 
-# The most rows for one program: it reads their losses in a few microseconds, as long as PyTorch's two launches take.
-# No GPU has timed this.
+# The most rows that one program counts, and sums the losses of: one step of a cluster of SMALL_CLUSTER thread blocks,
+# sixteen rows for each thread. Where there are no clusters it takes four steps of a block of twice as many threads.
 FEW_ROWS = 65536
+SMALL_CLUSTER, SMALL_WARPS, LARGEST_BLOCK = 8, 16, 1024
 # Programs that multiply a stored gradient: enough for the bandwidth of a GPU, and few to start and end if there is
 # nothing to do. No GPU has timed this.
 SCALING_PROGRAMS = 1024
@@ -136,6 +138,19 @@ def row_gradient_(
     return logits.detach()
 
 
+def _prepare_one_program(kernel: Any, arguments: dict[str, Any]) -> Prepared:
+    """A kernel whose single program has the GPU to itself."""
+    device = device_of(next(iter(arguments.values())).device.index)
+    if device.largest_cluster >= SMALL_CLUSTER:
+        arguments["BLOCK"] = FEW_ROWS
+        compiled = compile_kernel(kernel, arguments, num_warps=SMALL_WARPS, num_ctas=SMALL_CLUSTER)
+        if active_clusters(compiled, SMALL_CLUSTER, 1, device):
+            return Prepared(compiled, {"BLOCK": FEW_ROWS})
+    arguments["BLOCK"] = FEW_ROWS // 4
+    compiled = compile_kernel(kernel, arguments, num_warps=LARGEST_BLOCK // device.warp_size)
+    return Prepared(compiled, {"BLOCK": FEW_ROWS // 4})
+
+
 def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
     """Multiply the stored gradient (N, K) by the upstream one, () or (N,), in place, and return it.
 
@@ -145,23 +160,27 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
     if num_rows == 0 or gradient.is_meta:
         return gradient
     align = math.gcd(16 // gradient.element_size(), num_classes, gradient.stride(0))
-    block_k = min(SCALING_TILE, max(16, triton.next_power_of_2(num_classes)))
+    block_k = min(SCALING_TILE, max(16, power_of_2(num_classes)))
     tile_rows = SCALING_TILE // block_k
-    num_programs = min(triton.cdiv(num_rows, tile_rows), SCALING_PROGRAMS)
+    num_programs = min(-(-num_rows // tile_rows), SCALING_PROGRAMS)
+    arguments = {
+        "gradient_ptr": gradient,
+        "gradient_stride": gradient.stride(0) // align,
+        "factor_ptr": factor,
+        "factor_stride": _stride(factor),
+        "num_rows": num_rows,
+        "num_classes": num_classes // align,
+        "num_programs": num_programs,
+        "ROWS": tile_rows,
+        "BLOCK_K": block_k,
+        "ALIGN": align,
+    }
     with on_device(gradient.device):
-        scale_gradient_kernel[(num_programs,)](
-            gradient_ptr=gradient,
-            gradient_stride=gradient.stride(0) // align,
-            factor_ptr=factor,
-            factor_stride=_stride(factor),
-            num_rows=num_rows,
-            num_classes=num_classes // align,
-            num_programs=num_programs,
-            ROWS=tile_rows,
-            BLOCK_K=block_k,
-            ALIGN=align,
-            num_warps=4,
-            enable_fp_fusion=True,
+        launch_small(
+            scale_gradient_kernel,
+            num_programs,
+            arguments,
+            lambda *given: Prepared(compile_kernel(*given, num_warps=4), {}),
         )
     torch.autograd.graph.increment_version(gradient)
     return gradient
@@ -170,32 +189,30 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
 def inverse_count(target: Tensor, weight: Tensor | None, num_classes: int, ignore_index: int) -> Tensor:
     """The factor, (), that makes a mean of the summed loss of class indices, in one launch; for up to FEW_ROWS."""
     factor = target.new_empty((), dtype=torch.float32)
+    arguments = {
+        "target_ptr": target.contiguous(),
+        "weight_ptr": None if weight is None else weight.contiguous(),
+        "factor_ptr": factor,
+        "num_rows": target.shape[0],
+        "num_classes": num_classes,
+        "ignore_index": ignore_index,
+        "BLOCK": None,
+    }
     with on_device(target.device):
-        inverse_count_kernel[(1,)](
-            target_ptr=target.contiguous(),
-            weight_ptr=None if weight is None else weight.contiguous(),
-            factor_ptr=factor,
-            num_rows=target.shape[0],
-            num_classes=num_classes,
-            ignore_index=ignore_index,
-            BLOCK=1024,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        launch_small(inverse_count_kernel, 1, arguments, _prepare_one_program)
     return factor
 
 
 def scaled_sum(losses: Tensor, factor: Tensor) -> Tensor:
     """``losses.sum() * factor``, (), in one launch; for up to FEW_ROWS."""
     total = torch.empty_like(factor)
+    arguments = {
+        "losses_ptr": losses,
+        "factor_ptr": factor,
+        "sum_ptr": total,
+        "num_rows": losses.shape[0],
+        "BLOCK": None,
+    }
     with on_device(losses.device):
-        scaled_sum_kernel[(1,)](
-            losses_ptr=losses,
-            factor_ptr=factor,
-            sum_ptr=total,
-            num_rows=losses.shape[0],
-            BLOCK=1024,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        launch_small(scaled_sum_kernel, 1, arguments, _prepare_one_program)
     return total

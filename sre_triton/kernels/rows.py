@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
     target_ptr: Any  # (N,) class indices, or probabilities
     target_stride: Any  # of probabilities: from row to row, in units of ALIGN elements
     weight_ptr: Any  # (K,) or None
-    num_rows: Any  # N
+    odd: Any  # 2 N + 1, see `num_rows_of`
     num_classes: Any  # K, in units of ALIGN
     first_class: Any = None  # if the logits are a shard: the class of their first column
     all_classes: Any = None  # if the logits are a shard: the number of classes in all shards
@@ -82,6 +82,15 @@ class Variant(NamedTuple):
     WINDOW: bool  # tiles begin at multiples of VECTOR; the classes before and after them are the edge (memory.py)
     CTAS: int  # thread blocks that share the classes of a tile
     PTX: bool  # NVIDIA's instructions are there
+
+
+@triton.jit
+def num_rows_of(inputs):
+    """N. An odd number above 1 stands for it: Triton compiles into a kernel whether a number is 1 or a multiple of 16.
+
+    Then the last batch of an epoch, which is smaller, would have a kernel of its own, and wait for its compilation.
+    """
+    return inputs.odd >> 1
 
 
 @triton.jit

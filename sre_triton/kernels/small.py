@@ -10,7 +10,8 @@ def inverse_count_kernel(
 ):  # fmt: skip
     """Write 1 / (the rows that are not ignored), (), or 1 / (the sum of their targets' class weights); one program.
 
-    A mean over rows is a sum times this factor. A target out of range counts as a row, but has no weight.
+    A mean over rows is a sum times this factor. A target out of range counts as a row, but has no weight. A step's
+    loads are all under way at once; the threads, and thread blocks, meet once at the end.
     """
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_rows, BLOCK):
@@ -27,12 +28,13 @@ def inverse_count_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def scaled_sum_kernel(losses_ptr, factor_ptr, sum_ptr, num_rows, BLOCK: tl.constexpr):
-    """Write the sum of the losses, (N,), times a factor, (); one program."""
+    """Write the sum of the losses, (N,), times a factor, (); one program, so their order is always the same."""
+    factor = tl.load(factor_ptr)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
         total += tl.load(losses_ptr + row, mask=row < num_rows, other=0.0)
-    tl.store(sum_ptr, tl.sum(total, 0) * tl.load(factor_ptr))
+    tl.store(sum_ptr, tl.sum(total, 0) * factor)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_programs"])

@@ -36,9 +36,13 @@ def device(request, on_triton, monkeypatch):
     new = request.param == "clusters"
     wide = request.param == "wide warps"
     device = launch.Device(
-        warp_size=64 if wide else 32, multiprocessors=2, clusters=new, shared_bytes=0 if wide else 227 << 10
+        warp_size=64 if wide else 32,
+        multiprocessors=2,
+        largest_cluster=16 if new else 1,
+        shared_bytes=0 if wide else 227 << 10,
     )
-    monkeypatch.setattr(launch, "_device", lambda index: device)
+    monkeypatch.setattr(launch, "device_of", lambda index: device)
+    monkeypatch.setattr(launch, "_prepared", {})
     return device
 
 

@@ -38,10 +38,11 @@ from triton.backends.nvidia.compiler import CUDABackend
 CUDABackend.make_cubin = lambda *_: b""
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "perf")]
-from cross_compile import SHARED, OnGpu  # noqa: E402
+from cross_compile import Driver, OnGpu, forget  # noqa: E402
 from emulator import Code, EmulationError, Launch, Machine, Segment, Special, Tracker  # noqa: E402
 
 import sre_triton  # noqa: E402
+from sre_triton.kernels import launch  # noqa: E402
 
 INF = float("inf")
 FAR = 2**20  # elements between rows
@@ -51,29 +52,6 @@ UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The GPU that is not there
-
-
-class _Driver:
-    """As much of Triton's driver as compiling takes."""
-
-    def __init__(self, target: str) -> None:
-        self.target = triton.backends.compiler.GPUTarget("cuda", int(target[3:]), 32)
-        self.utils, self.multiprocessors = self, 132
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_device_properties(self, device: int) -> dict:
-        return {
-            "multiprocessor_count": self.multiprocessors,
-            "max_shared_mem": SHARED[f"sm_{self.target.arch}"] << 10,
-        }
 
 
 def _flat(value):
@@ -107,7 +85,7 @@ class Gpu:
     """From here on a launch on CPU tensors is compiled for the target and runs in the emulator."""
 
     def __init__(self, target: str) -> None:
-        self.driver = _Driver(target)
+        self.driver = Driver(target)
         triton.runtime.driver.set_active(self.driver)
         self.target = target
         self.special, self.contract, self.seed, self.track = Special(), False, 0, True
@@ -120,33 +98,30 @@ class Gpu:
         self.paths: Counter = Counter()
         self.found: Counter = Counter()  # the hazards of the last launch that had any
         self.executed = self.launches = 0
-        run = triton.runtime.JITFunction.run
-        gpu = self
+        compile_kernel = launch.compile_kernel
 
-        def emulate(self, *arguments, warmup, grid, **keywords):
+        def compile_beside(kernel, arguments, **options):
             # On Blackwell LLVM may fail, and end the process: another one compiles first, into the cache.
             if int(target[3:]) >= 100:
                 child = os.fork()
                 if child == 0:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-                    run(self, *arguments, warmup=True, grid=grid, **keywords)
+                    compile_kernel(kernel, arguments, **options)
                     os._exit(0)
                 if status := os.waitpid(child, 0)[1]:
-                    gpu.last = self.fn.__name__, "none", None, keywords.get("VARIANT")
-                    raise EmulationError(f"the compiler ends with signal {status}: {keywords.get('VARIANT')}")
-            compiled = run(self, *arguments, warmup=True, grid=grid, **keywords)
-            gpu.launch(self.fn.__name__, compiled, grid, keywords)
-            return compiled
+                    self.last = kernel.fn.__name__, "none", None, arguments.get("VARIANT")
+                    raise EmulationError(f"the compiler ends with signal {status}: {arguments.get('VARIANT')}")
+            return compile_kernel(kernel, arguments, **options)
 
-        triton.runtime.JITFunction.run = emulate
+        launch.compile_kernel = compile_beside
+        launch.enqueue = lambda kernel, *given: self.launch(kernel.src.fn.__name__, kernel, *given)
 
     def multiprocessors(self, count: int) -> None:
-        from sre_triton.kernels import launch
+        if count != self.driver.multiprocessors:
+            self.driver.multiprocessors = count
+            forget()
 
-        self.driver.multiprocessors = count
-        launch._device.cache_clear()
-
-    def launch(self, name: str, compiled, grid, keywords: dict) -> None:
+    def launch(self, name: str, compiled, programs: int, keywords: dict) -> None:
         text = compiled.asm["ptx"]
         if self.mutate:
             text = self.mutate(name, text)
@@ -181,7 +156,7 @@ class Gpu:
         machine = Machine(segments, special=self.special, contract=self.contract, seed=self.seed, track=self.track)
         self.launches += 1
         try:
-            machine.run(Launch(code, grid[0], metadata.num_ctas, metadata.num_warps, metadata.shared, arguments))
+            machine.run(Launch(code, programs, metadata.num_ctas, metadata.num_warps, metadata.shared, arguments))
         finally:
             self.found = machine.hazards or self.found
             self.hazards += machine.hazards
@@ -937,9 +912,11 @@ def main() -> int:
             from sre_triton.kernels import plan
 
             plan.CLUSTER_THREADS = threads
+            forget()
         run.case(kernel, K, dtype, **settings)
         if threads:
             plan.CLUSTER_THREADS = 128
+            forget()
         if time.time() - last > 20:
             last = time.time()
             print(f"  {i + 1}/{len(cases)} cases, {last - started:.0f} s, {sum(len(c.failures) for c in run.checks.values())} failures, "
