@@ -3,6 +3,7 @@
     python perf/kernel_budget.py > /tmp/sm_90.csv             every kernel as it would be launched, a line each
     python perf/kernel_budget.py --target gfx942              or sm_80, sm_100, sm_103, sm_120, gfx950
     python perf/kernel_budget.py --options                    the options' prices: a table of its own
+    python perf/kernel_budget.py --small                      the kernels that count the rows and sum their losses
     python perf/kernel_budget.py --plot /tmp/budget.png       and drawn
     python perf/kernel_budget.py --against sweep_k.csv        predictions beside what a GPU did
 
@@ -25,6 +26,10 @@ measured on one. For each multiprocessor it takes the slowest of
               next row is on its way meanwhile, only the longer of its loads and the arithmetic of this row counts.
 
 So loads and arithmetic overlap perfectly wherever two rows are under way. They never quite do.
+
+The small kernels of a mean are one program, which has nothing to overlap with. Their microseconds, PREDICTED too, are
+what their bytes take at 3.0 TB/s or at 64 bytes a cycle for each of their thread blocks, whichever is more; and 0.7 us
+for each round of loads that waits for another: how many follow from one another, times the steps of the loop.
 """
 
 import signal
@@ -34,6 +39,7 @@ if __name__ in ("__main__", "__mp_main__"):  # until main begins, Ctrl-C ends th
 
 import argparse
 import csv
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -81,6 +87,7 @@ LIMITS |= dict.fromkeys(("sm_90", "sm_100", "sm_103"), (64, 32, 228 << 10))
 # The H100 of the prediction.
 H100, CLOCK, COPY, L2, L2_SIZE = "sm_90", 1.755e9, 3.0e12, 5.5e12, 35e6
 MEMORY_LATENCY, BARRIER, CLUSTER_BARRIER = 0.8e-6, 0.05e-6, 0.3e-6
+LOAD_ROUND, BYTES_PER_CYCLE = 0.7e-6, 64
 
 
 def ctas_per_multiprocessor(target: str, code: Code, num_warps: int) -> int:
@@ -194,6 +201,48 @@ def line(target: str, kernel: str, dtype: str, num_classes: int, options: str = 
     return row
 
 
+def loads_in_turn(ptx: str) -> int:
+    """Of how many loads from memory each needs what the one before it brought; the body of a loop is read once."""
+    after = {}  # by register
+    for line in re.finditer(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+(\{.*?\}|[^,;]*)(.*?);", ptx, re.MULTILINE):
+        name, outputs, _ = line.groups()
+        if not name.startswith("st."):
+            depth = max((after.get(register, 0) for register in re.findall(r"%[a-z]+\d+", line[0])), default=0)
+            for register in re.findall(r"%[a-z]+\d+", outputs):
+                after[register] = depth + name.startswith("ld.global")
+    return max(after.values(), default=0)
+
+
+def small(target: str, num_rows: int = primitives.FEW_ROWS) -> list[dict[str, object]]:
+    """The table of the small kernels, for as many rows as they are used for."""
+    launches = compile_only(target)
+    classes, weight, losses = torch.zeros(num_rows, dtype=torch.long), torch.ones(1000), torch.empty(num_rows)
+    factor = primitives.inverse_count(classes, None, 1000, -100)
+    primitives.inverse_count(classes, weight, 1000, -100)
+    primitives.scaled_sum(losses, factor)
+    sizes = {"inverse_count": 8 * num_rows, "inverse_count, weights": 12 * num_rows, "scaled_sum": 4 * num_rows}
+    rows = []
+    for (name, size), made in zip(sizes.items(), launches, strict=True):
+        code, metadata, block = Code(made.compiled), made.compiled.metadata, made.arguments["BLOCK"]
+        rounds = -(-num_rows // block) * loads_in_turn(made.compiled.asm["ptx"])
+        seconds = max(size / COPY, size / (metadata.num_ctas * BYTES_PER_CYCLE * CLOCK)) + rounds * LOAD_ROUND
+        rows.append(
+            {
+                "kernel": name,
+                "rows": num_rows,
+                "num_warps": metadata.num_warps,
+                "num_ctas": metadata.num_ctas,
+                "target": target,
+                "triton": triton.__version__,
+                "registers": code.registers,
+                "spill_bytes": code.spill_bytes,
+                "rounds": rounds,
+                "predicted_us": f"{seconds * 1e6:.2f}",
+            }
+        )
+    return rows
+
+
 def prediction(
     *, row_bytes, reads, writes, instructions, special, barriers, cluster_barriers, prefetched, ctas
 ) -> dict[str, object]:
@@ -292,17 +341,20 @@ def main() -> None:
     parser.add_argument("--target", choices=TARGETS, default=H100, help="default: %(default)s")
     parser.add_argument("--classes", type=positive, nargs="+", metavar="K", help="other numbers of classes")
     parser.add_argument("--options", action="store_true", help="a table of what the options cost")
+    parser.add_argument("--small", action="store_true", help="a table of the small kernels")
     parser.add_argument("--against", type=file, metavar="CSV", help="print predictions beside a sweep of sweep_k.py")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table as well")
     args = parser.parse_args()
-    if args.options and args.plot:
-        parser.error("--plot draws the table without --options")
+    if (args.options or args.small) and args.plot:
+        parser.error("--plot draws the table without --options or --small")
+    if args.small and not args.target.startswith("sm_"):
+        parser.error("--small reads NVIDIA's code")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET=1 is set: there is no code to count")
     if args.against:
         against(table(args.target, kernels=("row_loss_and_gradient",)), args.against)
         return
-    rows = table(args.target, classes=args.classes, options=args.options)
+    rows = small(args.target) if args.small else table(args.target, classes=args.classes, options=args.options)
     writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

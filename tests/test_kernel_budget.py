@@ -110,3 +110,37 @@ def test_loops_are_counted_as_often_as_they_run():
     assert executed(*called) == {"FMUL": 10, "CALL.REL.NOINC": 10, "BRA": 10, "FADD": 1, "EXIT": 1}
     early = ("BRA `(.L_x_1)", ".L_x_0:", "EXIT", ".L_x_1:", "FADD", "BRA `(.L_x_0)")
     assert executed(*early) == {"BRA": 2, "FADD": 1, "EXIT": 1}
+
+
+def test_loads_in_turn():
+    kernel_budget = importlib.import_module("kernel_budget")
+    ptx = """
+        ld.param.b64 %rd1, [kernel_param_0];
+        @%p1 ld.global.v2.b64 { %rd2, %rd3 }, [ %rd1 + 0 ];
+        ld.global.b32 %r1, [%rd1+16];
+        mad.lo.s64 %rd4, %rd3, 4, %rd9;
+        @!%p2 ld.global.b32 { %r2 }, [ %rd4 + 0 ];
+        add.f32 %f1, %r1, %r2;
+        st.global.b32 [ %rd1 + 8 ], { %f1 };
+    """
+    lines = ptx.splitlines(keepends=True)
+    assert kernel_budget.loads_in_turn("".join(lines[:4])) == 1
+    assert kernel_budget.loads_in_turn(ptx) == 2
+    assert kernel_budget.loads_in_turn("ret;") == 0
+
+
+def test_the_small_kernels_take_five_microseconds():
+    for target, blocks in (("sm_80", 1), ("sm_90", 8)):
+        count, weights, total = budget("--small", "--target", target)
+        blocks = 1 if tuple(map(int, count["triton"].split(".")[:2])) < (3, 8) else blocks
+        assert [row["kernel"] for row in (count, weights, total)] == [
+            "inverse_count", "inverse_count, weights", "scaled_sum",
+        ]  # fmt: skip
+        assert {row["num_ctas"] for row in (count, weights, total)} == {str(blocks)}
+        rounds = (1, 2, 1) if blocks > 1 else (4, 8, 2)
+        assert tuple(int(row["rounds"]) for row in (count, weights, total)) == rounds
+        in_turn = sum(0.7 * int(row["rounds"]) for row in (count, total)) + 65536 * (8 + 4) / 3.0e6
+        assert in_turn <= 5
+        if blocks > 1:  # where one block reads all, it takes longer than by this
+            assert float(count["predicted_us"]) + float(total["predicted_us"]) <= 5
+            assert {row["spill_bytes"] for row in (count, weights, total)} == {"0"}

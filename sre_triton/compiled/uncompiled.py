@@ -28,6 +28,7 @@ from .passes import Row, Scalars, shares
 
 # Logits in a block of rows. Measured for K = 1000 on 2 cores: blocks of 2**16 took 1.3 times as long.
 BLOCK = 2**18
+# Of many logits exp is a power of 2: torch.exp, which is MKL's, takes four times as long on an AMD EPYC, measured.
 LOG2_E = math.log2(math.e)
 # Logits for which each operation takes a microsecond or two, however fast it would be on a matrix.
 FEW = 2**15
@@ -59,15 +60,6 @@ def _scratch(z: Tensor) -> Sequence[Tensor | None]:
     more than twice the largest, and to touch new pages takes as long as the arithmetic.
     """
     return (None,) * 5 if z.numel() < FEW else z.new_empty(5, *z.shape).unbind()
-
-
-def _exp(d: Tensor, x: Tensor | None) -> Tensor:
-    """exp d, for d up to 0; x may be written over.
-
-    Of many logits by exp2. Measured on an AMD EPYC: torch.exp, which is MKL's, takes four times as long. The product
-    loses |d| 2^-24 of e, at a class whose part of the sum is e^-|d|.
-    """
-    return d.exp() if x is None else torch.mul(d, LOG2_E, out=x).exp2()
 
 
 def _coin(
@@ -134,7 +126,7 @@ class _Block:
         self.scratch: list[Tensor | None]
         d, self.x, *self.scratch = _scratch(self.z)
         self.d: Tensor = torch.sub(self.z, m, out=d)
-        self.e: Tensor = _exp(self.d, self.x)
+        self.e: Tensor = self.d.exp() if self.x is None else torch.mul(self.d, LOG2_E, out=self.x).exp2()
 
     def lse(self) -> Row:
         """The first five statistics."""
@@ -291,7 +283,7 @@ def ordinary(
         e, H, off, over_c = d.exp(), d.gather(1, index).neg_(), numbers.log_c, numbers.inverse_c
     else:
         d = torch.sub(z, z.amax(1, keepdim=True), out=d)
-        e = _exp(d, x)
+        e = torch.mul(d, LOG2_E, out=x).exp2()
         exp_sum = e.sum(1, keepdim=True)
         log_sum = exp_sum.log()
         H, off, over_c = log_sum - d.gather(1, index), log_sum + numbers.log_c, numbers.inverse_c / exp_sum

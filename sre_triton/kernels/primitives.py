@@ -14,9 +14,10 @@ from .plan import power_of_2
 from .small import inverse_count_kernel, scale_gradient_kernel, scaled_sum_kernel
 
 # The most rows that one program counts, and sums the losses of: one step of a cluster of SMALL_CLUSTER thread blocks,
-# sixteen rows for each thread. Where there are no clusters it takes four steps of a block of twice as many threads.
+# sixteen rows for each thread. Where there are no clusters, a step of the largest block is half of its registers.
 FEW_ROWS = 65536
-SMALL_CLUSTER, SMALL_WARPS, LARGEST_BLOCK = 8, 16, 1024
+SMALL_CLUSTER, SMALL_WARPS = 8, 16
+LARGEST_BLOCK, STEP_BYTES = 1024, 2**17
 # Programs that multiply a stored gradient: enough for the bandwidth of a GPU, and few to start and end if there is
 # nothing to do. No GPU has timed this.
 SCALING_PROGRAMS = 1024
@@ -140,15 +141,16 @@ def row_gradient_(
 
 def _prepare_one_program(kernel: Any, arguments: dict[str, Any]) -> Prepared:
     """A kernel whose single program has the GPU to itself."""
-    device = device_of(next(iter(arguments.values())).device.index)
+    per_row = next(iter(arguments.values()))
+    device = device_of(per_row.device.index)
     if device.largest_cluster >= SMALL_CLUSTER:
         arguments["BLOCK"] = FEW_ROWS
         compiled = compile_kernel(kernel, arguments, num_warps=SMALL_WARPS, num_ctas=SMALL_CLUSTER)
         if active_clusters(compiled, SMALL_CLUSTER, 1, device):
             return Prepared(compiled, {"BLOCK": FEW_ROWS})
-    arguments["BLOCK"] = FEW_ROWS // 4
+    arguments["BLOCK"] = block = STEP_BYTES // per_row.element_size()
     compiled = compile_kernel(kernel, arguments, num_warps=LARGEST_BLOCK // device.warp_size)
-    return Prepared(compiled, {"BLOCK": FEW_ROWS // 4})
+    return Prepared(compiled, {"BLOCK": block})
 
 
 def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
