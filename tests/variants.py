@@ -130,7 +130,7 @@ def plan_of(call: dict, num_classes: int) -> Plan:
         num_classes,
         call["dtype"].itemsize,
         holds_rows=call["primitive"] in ("row_loss", "row_loss_and_gradient"),
-        aligned=True,
+        at_once=16 // element_size,
         plain=not has_y and not call["softcap"],
         device=launch.device_of(None),
     )

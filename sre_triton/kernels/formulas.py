@@ -197,7 +197,7 @@ def add_to_lse(lse, z, wy, given, HAS_Y: tl.constexpr, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def lse_of_row(lse, reference, m, zero, HAS_Y: tl.constexpr):
+def lse_of_groups(lse, reference, m, zero, HAS_Y: tl.constexpr):
     """The five values of `lse_of_edge` for each row, from those for its groups.
 
     Each group's s has its own maximum. It is brought to the row's reference, then the threads meet. `zero` is what
@@ -251,13 +251,22 @@ def _sums_in_factors(z, constants, VARIANT: tl.constexpr):
 
 
 @triton.jit
+def _product_of_two(M_a, P_a, M_b, P_b):
+    """(M, P) of two factors."""
+    return M_a + less_product(M_b, M_a, M_b), P_a * P_b
+
+
+@triton.jit
 def _product_of_groups(M, P, tile, VARIANT: tl.constexpr):
     """(M, P) of each group, from those of the tile's factors."""
-    for level in tl.static_range(LOG2_FACTOR, levels_of(tile, VARIANT.GROUPS)):
-        a, b = halves(M, level, VARIANT)
-        P_a, P_b = halves(P, level, VARIANT)
-        M, P = a + less_product(b, a, b), P_a * P_b
-    return M, P
+    if len(tile.shape) == 3:
+        return tl.reduce((M, P), 2, _product_of_two)
+    else:
+        for level in tl.static_range(LOG2_FACTOR, levels_of(tile, VARIANT.GROUPS)):
+            a, b = halves(M, level, VARIANT)
+            P_a, P_b = halves(P, level, VARIANT)
+            M, P = _product_of_two(a, P_a, b, P_b)
+        return M, P
 
 
 @triton.jit
@@ -281,7 +290,7 @@ def sums_of_h_and_u(tiles, constants, VARIANT: tl.constexpr):
     for i in tl.static_range(num_alike(VARIANT.TILES), len(tiles)):
         v, u, mu = _sums_in_factors(tiles[i], constants, VARIANT)
         v_sum, u_sum = v_sum + sum_of_groups(v, VARIANT), u_sum + sum_of_groups(u, VARIANT)
-        if levels_of(tiles[i], VARIANT.GROUPS) > LOG2_FACTOR:
+        if len(mu.shape) == 3 or levels_of(tiles[i], VARIANT.GROUPS) > LOG2_FACTOR:
             mu, rest = _product_of_groups(mu, 1.0 - mu, tiles[i], VARIANT)
             M, P = M + less_product(mu, M, mu), P * rest
         else:

@@ -62,21 +62,21 @@ def num_full(BLOCK_K, GROUPS, TILES, TAIL, shortest):
 
 
 @triton.constexpr_function
-def again_of(BLOCK_K, GROUPS, ROWS, ADJACENT, CTAS):
+def again_of(BLOCK_K, GROUPS, ADJACENT, CTAS):
     """How many classes are stored again for the target (walks.py, `store_gradient_of_rest`).
 
     They are as many as the threads store with one instruction each: a tile begins at a multiple of them, so the same
     thread has a class in it and in the tile. In a cluster they are a whole tile, since the part of a thread block
     depends on the tile's width.
     """
-    return GROUPS << ADJACENT if CTAS == 1 and ROWS == 1 else BLOCK_K
+    return GROUPS << ADJACENT if CTAS == 1 else BLOCK_K
 
 
 @triton.constexpr_function
-def num_again(BLOCK_K, GROUPS, TILES, TAIL, again):
+def num_again(BLOCK_K, GROUPS, ROWS, TILES, TAIL, again):
     """How many tiles are wide enough for the target to be stored again; it is put into the others."""
     count = 0
-    while width_of(BLOCK_K, GROUPS, TILES, TAIL, count) >= again:
+    while ROWS == 1 and width_of(BLOCK_K, GROUPS, TILES, TAIL, count) >= again:
         count += 1
     return count
 
@@ -91,7 +91,7 @@ def num_alike(TILES):
 def levels_of(tile, GROUPS, most=4):
     """How often a tile, or a half of one, can be halved until each thread has one number of it; at most so often."""
     levels = 0
-    while levels < most and (GROUPS << levels) < tile.shape[-1]:
+    while len(tile.shape) == 1 and levels < most and (GROUPS << levels) < tile.shape[0]:
         levels += 1
     return levels
 
@@ -102,9 +102,9 @@ def levels_of(tile, GROUPS, most=4):
 
 @triton.jit
 def column(of_row, tile):
-    """A value of each row, of a shape that meets the tile: (ROWS, 1), or a scalar where the tile has one row."""
-    if len(tile.shape) == 2:
-        return of_row[:, None]
+    """A value of each row, of a shape that meets the tile: (ROWS, 1, 1), or a scalar where the tile has one row."""
+    if len(tile.shape) == 3:
+        return of_row[:, None, None]
     else:
         return of_row
 
@@ -130,12 +130,7 @@ def halves(x, LEVEL: tl.constexpr, VARIANT: tl.constexpr):
     In a cluster of CTAS thread blocks, each block has its own part of the tile: at the levels above, b is the second
     half of every block's part.
     """
-    if len(x.shape) == 2:
-        if LEVEL < VARIANT.ADJACENT:
-            return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-        else:
-            return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-    elif LEVEL < VARIANT.ADJACENT:
+    if LEVEL < VARIANT.ADJACENT:
         return tl.split(tl.reshape(x, (x.shape[0] // 2, 2)))
     elif VARIANT.CTAS == 1:
         return tl.split(tl.permute(tl.reshape(x, (2, x.shape[0] // 2)), (1, 0)))
@@ -148,19 +143,25 @@ def halves(x, LEVEL: tl.constexpr, VARIANT: tl.constexpr):
 @triton.jit
 def sum_of_groups(x, VARIANT: tl.constexpr):
     """The sum of each group of a tile, (GROUPS,) or (ROWS, GROUPS)."""
-    for level in tl.static_range(levels_of(x, VARIANT.GROUPS)):
-        a, b = halves(x, level, VARIANT)
-        x = a + b
-    return x
+    if len(x.shape) == 3:
+        return tl.sum(x, 2)
+    else:
+        for level in tl.static_range(levels_of(x, VARIANT.GROUPS)):
+            a, b = halves(x, level, VARIANT)
+            x = a + b
+        return x
 
 
 @triton.jit
 def maximum_of_groups(x, VARIANT: tl.constexpr):
     """The maximum of each group of a tile, (GROUPS,) or (ROWS, GROUPS)."""
-    for level in tl.static_range(levels_of(x, VARIANT.GROUPS)):
-        a, b = halves(x, level, VARIANT)
-        x = tl.maximum(a, b)
-    return x
+    if len(x.shape) == 3:
+        return tl.max(x, 2)
+    else:
+        for level in tl.static_range(levels_of(x, VARIANT.GROUPS)):
+            a, b = halves(x, level, VARIANT)
+            x = tl.maximum(a, b)
+        return x
 
 
 @triton.jit
@@ -171,14 +172,9 @@ def to_groups(x, VARIANT: tl.constexpr):
     """
     for level in tl.static_range(LOG2_GROUP):
         x = tl.join(x, x)
-        if len(x.shape) == 3:
-            if LOG2_GROUP - 1 - level >= VARIANT.ADJACENT:
-                x = tl.permute(x, (0, 2, 1))
-            x = tl.reshape(x, (x.shape[0], x.shape[1] * x.shape[2]))
-        else:
-            if LOG2_GROUP - 1 - level >= VARIANT.ADJACENT:
-                x = tl.permute(x, (1, 0))
-            x = tl.reshape(x, (x.shape[0] * x.shape[1],))
+        if LOG2_GROUP - 1 - level >= VARIANT.ADJACENT:
+            x = tl.permute(x, (1, 0))
+        x = tl.reshape(x, (x.shape[0] * x.shape[1],))
     return x
 
 

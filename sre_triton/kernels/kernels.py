@@ -30,6 +30,7 @@ from .memory import (
     counted_targets,
     load_edge,
     load_per_row,
+    load_row,
     load_tiles,
     program_row,
     store_per_row,
@@ -48,13 +49,10 @@ from .rows import (
     zeros,
 )
 from .walks import (
-    lse_of_tiles,
+    lse_of_row,
     store_gradient,
     store_no_gradient,
     sums_of_row,
-    sums_of_tiles,
-    walk_lse,
-    walk_sums,
 )
 
 
@@ -68,19 +66,12 @@ def _loss_of_counted_rows(
     targets = at_targets(inputs, scalars, row, target, counted, VARIANT)
     window = window_of(inputs, row, VARIANT)
     edge = load_edge(inputs, scalars, row, window, VARIANT)
-    if VARIANT.RESIDENT:
-        if tiles is None:
-            tiles = load_tiles(inputs, scalars, row, counted, window, 0, VARIANT.FULL, VARIANT)
-        lse, reference = lse_of_tiles(inputs, scalars, tiles, edge, VARIANT)
-    else:
-        lse, reference = walk_lse(inputs, scalars, row, counted, window, edge, VARIANT)
+    if tiles is None:
+        tiles = load_row(inputs, scalars, row, counted, window, VARIANT)
+    lse, reference = lse_of_row(inputs, scalars, row, counted, window, edge, tiles, VARIANT)
     lse = lse_with_targets(inputs, scalars, lse, targets, VARIANT)
     constants, exp_sum, log_sum = constants_of(scalars, reference, lse[1], counted, VARIANT.PTX)
-    if VARIANT.RESIDENT:
-        h_sum, u_sum = sums_of_tiles(tiles, constants, VARIANT)
-        h_sum, u_sum = sums_of_row(h_sum, u_sum, edge, constants, VARIANT)
-    else:
-        h_sum, u_sum = walk_sums(inputs, scalars, row, counted, window, edge, constants, VARIANT)
+    h_sum, u_sum = sums_of_row(inputs, scalars, row, counted, window, edge, tiles, constants, VARIANT)
     h_sum, u_sum = sums_with_targets(inputs, scalars, h_sum, u_sum, targets, constants, VARIANT)
     losses = losses_of(scalars, factors, lse, h_sum, log_sum, counted, VARIANT)
     store_per_row(losses_ptr, inputs, row, losses, 0, VARIANT)
@@ -164,7 +155,8 @@ def row_lse_kernel(inputs, scalars, stats_ptr, VARIANT: tl.constexpr):
         targets = at_targets(inputs, scalars, row, target, masked, VARIANT)
         window = window_of(inputs, row, VARIANT)
         edge = load_edge(inputs, scalars, row, window, VARIANT)
-        lse, reference = walk_lse(inputs, scalars, row, masked, window, edge, VARIANT)
+        tiles = load_row(inputs, scalars, row, masked, window, VARIANT)
+        lse, reference = lse_of_row(inputs, scalars, row, masked, window, edge, tiles, VARIANT)
         stats = stats_of(lse_with_targets(inputs, scalars, lse, targets, VARIANT), reference, masked)
         store_per_row(stats_ptr, inputs, row, stats, 0, VARIANT)
     else:
@@ -198,7 +190,8 @@ def row_sums_kernel(inputs, scalars, stats_ptr, sums_ptr, VARIANT: tl.constexpr)
         _, constants, _, _ = _constants_from_stats(inputs, scalars, stats_ptr, row, inside, masked, VARIANT)
         window = window_of(inputs, row, VARIANT)
         edge = load_edge(inputs, scalars, row, window, VARIANT)
-        h_sum, u_sum = walk_sums(inputs, scalars, row, masked, window, edge, constants, VARIANT)
+        tiles = load_row(inputs, scalars, row, masked, window, VARIANT)
+        h_sum, u_sum = sums_of_row(inputs, scalars, row, masked, window, edge, tiles, constants, VARIANT)
         sums = sums_with_targets(inputs, scalars, h_sum, u_sum, targets, constants, VARIANT)
         store_per_row(sums_ptr, inputs, row, all_if_counted(masked, sums), 0, VARIANT)
     else:
@@ -229,8 +222,9 @@ def row_gradient_kernel(
         coefficients = coefficients_of(scalars, factors, masked, lse, exp_sum, log_sum, u_sum, VARIANT.PTX)
         window = window_of(inputs, row, VARIANT)
         edge = load_edge(inputs, scalars, row, window, VARIANT)
+        tiles = load_row(inputs, scalars, row, masked, window, VARIANT)
         store_gradient(
-            inputs, scalars, gradient_ptr, gradient_stride, row, masked, window, edge, None, targets, constants,
+            inputs, scalars, gradient_ptr, gradient_stride, row, masked, window, edge, tiles, targets, constants,
             coefficients, VARIANT,
         )  # fmt: skip
     else:

@@ -218,7 +218,7 @@ def _prepare(
             num_classes,
             logits.element_size(),
             holds_rows=kernel is row_loss_kernel,
-            aligned=align == vector,
+            at_once=align,
             plain=not has_y and scalars.softcap is None,
             device=device,
             window=vector if window else 0,

@@ -125,10 +125,7 @@ def last_step(inputs, VARIANT: tl.constexpr):
     shortest = inputs.num_classes * VARIANT.ALIGN
     if VARIANT.WINDOW:
         shortest -= 2 * (VARIANT.VECTOR - 1)
-    if VARIANT.ROWS > 1:
-        return 0
-    else:
-        return (shortest - 1) // (VARIANT.TILES * VARIANT.BLOCK_K) * (VARIANT.TILES * VARIANT.BLOCK_K)
+    return (shortest - 1) // (VARIANT.TILES * VARIANT.BLOCK_K) * (VARIANT.TILES * VARIANT.BLOCK_K)
 
 
 @triton.jit
@@ -164,16 +161,20 @@ def full_tile(WIDTH: tl.constexpr, value: tl.constexpr, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def place_of_tile(inputs, row, counted, window, start, i: tl.constexpr, VARIANT: tl.constexpr):
+def place_of_tile(inputs, row, counted, window, start, i: tl.constexpr, ALL: tl.constexpr, VARIANT: tl.constexpr):
     """The place of tile i of those that begin `start` classes into the window: see `place_of`."""
     START: tl.constexpr = start_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL, i)
     WIDTH: tl.constexpr = width_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL, i)
-    return place_of(inputs, row, counted, window, start + START, WIDTH, VARIANT)
+    return place_of(inputs, row, counted, window, start + START, WIDTH, ALL, VARIANT)
 
 
 @triton.jit
-def place_of(inputs, row, counted, window, start, WIDTH: tl.constexpr, VARIANT: tl.constexpr):
+def place_of(
+    inputs, row, counted, window, start, WIDTH: tl.constexpr, ALL: tl.constexpr, VARIANT: tl.constexpr
+):  # fmt: skip
     """The place of WIDTH classes, from `start` in the window on: four tensors of the shape of such a tile.
+
+    ALL says that every row has them all.
 
     Loads and stores need its elements, its classes and two masks: which classes exist, and which are to be read. The
     masks differ only for a program of several rows: the classes of an ignored row exist, and get a gradient of 0, but
@@ -181,12 +182,17 @@ def place_of(inputs, row, counted, window, start, WIDTH: tl.constexpr, VARIANT: 
     masks i < 16.
     """
     first, head, length = window
-    cols = start + tl.arange(0, WIDTH)
     if VARIANT.ROWS > 1:
-        cols = cols[None, :]
-        mask = (cols < length) & (row < num_rows_of(inputs))[:, None]
-        return first[:, None] + cols, cols, mask, mask & counted[:, None]
+        ADJACENT: tl.constexpr = WIDTH // VARIANT.GROUPS
+        cols = start + tl.arange(0, VARIANT.GROUPS)[:, None] * ADJACENT + tl.arange(0, ADJACENT)[None, :]
+        cols = cols[None, :, :]
+        inside, _ = tl.broadcast((row < num_rows_of(inputs))[:, None, None], cols)
+        read, _ = tl.broadcast(counted[:, None, None], cols)
+        if not ALL:
+            inside, read = inside & (cols < length), read & (cols < length)
+        return first[:, None, None] + cols, cols, inside, read
     else:
+        cols = start + tl.arange(0, WIDTH)
         return first + cols, head + cols, cols < length, cols < length
 
 
@@ -261,10 +267,19 @@ def load_tiles(inputs, scalars, row, counted, window, start, FULL: tl.constexpr,
     """
     z, y, wy, given = (), (), (), ()
     for i in tl.static_range(num_tiles(VARIANT.TILES, VARIANT.TAIL)):
-        place = place_of_tile(inputs, row, counted, window, start, i, VARIANT)
+        place = place_of_tile(inputs, row, counted, window, start, i, i < FULL, VARIANT)
         z_i, y_i, wy_i, given_i = _load(inputs, scalars, row, place, VARIANT.ROWS > 1 or i >= FULL, VARIANT)
         z, y, wy, given = z + (z_i,), y + (y_i,), wy + (wy_i,), given + (given_i,)
     return z, y, wy, given
+
+
+@triton.jit
+def load_row(inputs, scalars, row, counted, window, VARIANT: tl.constexpr):
+    """The tiles of a resident row; a walk loads its own, and nobody reads what is returned."""
+    if VARIANT.RESIDENT:
+        return load_tiles(inputs, scalars, row, counted, window, 0, VARIANT.FULL, VARIANT)
+    else:
+        return row, row, row, row
 
 
 @triton.jit

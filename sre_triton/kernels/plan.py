@@ -61,8 +61,8 @@ MULTIPROCESSOR_REGISTERS = 65536
 CLUSTER_THREADS = 128
 # Thread blocks of a cluster: the most that Hopper and Blackwell allow.
 LARGEST_CLUSTER = 16
-# Rows of few classes share a program until it has so many classes; with more, the values of the rows spill.
-SMALLEST_TILE = 256
+# Rows of so few classes share a program of so many warps, each row with as few threads as have registers for it.
+SHORT, SHORT_WARPS, SHORT_REGISTERS = 1024, 4, 168
 # A step of a loop: two tiles are what 64 registers hold, with which a thousand threads share a multiprocessor.
 LOOP_TILES = 2
 LOOP_REGISTERS = 64
@@ -113,20 +113,20 @@ def plan(
     element_size: int,
     *,
     holds_rows: bool,
-    aligned: bool,
+    at_once: int,
     plain: bool,
     device: Device,
     window: int = 0,
 ) -> Plan:
     """The Plan for rows of K classes: the table above. `plain`: a class has nothing but its logit, and no softcap."""
-    warp = device.warp_size
-    width = max(16, power_of_2(num_classes))
-    rows = max(1, SMALLEST_TILE // width)
-    if rows > 1:
-        path = "resident" if holds_rows else "loop"
-        return Plan(path, rows, width, width // 8, 1, 0, 1, 1, 0, 0, 255)
-
+    warp, aligned = device.warp_size, at_once == 16 // element_size
     few, many = (FEW, MANY) if plain else (FEW_WITH_MORE, MANY_WITH_MORE)
+    groups = power_of_2(-(-num_classes // few))  # threads of a row
+    if num_classes <= SHORT and groups <= warp:
+        tiles, tail = divmod(-(-num_classes // groups), at_once)
+        rows = SHORT_WARPS * warp // groups
+        return Plan("resident", rows, groups * at_once, groups, tiles, tail, SHORT_WARPS, 1, 0, 0, SHORT_REGISTERS)
+
     threads = max(warp, power_of_2(-(-num_classes // many)))
     registers, per_tile = (REGISTERS, 8) if num_classes <= threads * few else (MORE_REGISTERS, 16)
     num_ctas = 1
@@ -148,7 +148,7 @@ def plan(
 
     threads = power_of_2(-(-num_classes * element_size // LOOP_BYTES_PER_THREAD))
     threads = min(max(threads, warp), LARGEST_LOOP if plain else LARGEST_LOOP // 2)
-    tiles = min(LOOP_TILES, max(1, width // (threads * CLASSES_PER_THREAD)))
+    tiles = min(LOOP_TILES, max(1, power_of_2(num_classes) // (threads * CLASSES_PER_THREAD)))
     registers = LOOP_REGISTERS if plain else 2 * LOOP_REGISTERS
     block_k, num_warps = threads * CLASSES_PER_THREAD, threads // warp
     return Plan("loop", 1, block_k, threads, tiles, 0, num_warps, 1, 0, 0, registers)

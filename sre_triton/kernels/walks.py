@@ -16,7 +16,7 @@ from .formulas import (
     finite_maximum,
     gradient_of,
     lse_of_edge,
-    lse_of_row,
+    lse_of_groups,
     maximum_of,
     reference_of,
     sum_of_exps,
@@ -35,7 +35,7 @@ from .groups import (
     sum_pairs,
 )
 from .memory import full_tile, last_step, load_tiles, place_of, place_of_edge, place_of_tile, window_of
-from .rows import gradient_at_targets, shares, zeros
+from .rows import gradient_at_targets, if_counted, shares, zeros
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sums over tiles, and their gradient
@@ -56,7 +56,7 @@ def sums_of_tiles(tiles, constants, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def sums_of_row(h_sum, u_sum, edge, constants, VARIANT: tl.constexpr):
+def _sums_of_groups_and_edge(h_sum, u_sum, edge, constants, VARIANT: tl.constexpr):
     """(Σ h, Σ u) in bits for each row, from those for its groups and from its edge; with 1 - y for probabilities."""
     if VARIANT.WINDOW:
         z, y, _, _ = edge
@@ -111,15 +111,18 @@ def store_gradient_of_tiles(
     than one instruction stores, the target's gradient is put into the tile.
     """
     z, y, wy, _ = tiles
-    if VARIANT.TAIL > 0 and not VARIANT.PROBABILITIES:  # the compiler makes one of this and the one of the rest
+    if (VARIANT.TAIL > 0 or VARIANT.ROWS > 1) and not VARIANT.PROBABILITIES:  # the compiler makes one of this and the one of the rest
         gradient_g = gradient_at_targets(inputs, scalars, targets, constants, coefficients, VARIANT)
-    AGAIN: tl.constexpr = again_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.ROWS, VARIANT.ADJACENT, VARIANT.CTAS)
-    NUM_AGAIN: tl.constexpr = num_again(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL, AGAIN)
+    AGAIN: tl.constexpr = again_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.ADJACENT, VARIANT.CTAS)
+    NUM_AGAIN: tl.constexpr = num_again(
+        VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.ROWS, VARIANT.TILES, VARIANT.TAIL, AGAIN
+    )
     for i in tl.static_range(num_tiles(VARIANT.TILES, VARIANT.TAIL)):
-        place = place_of_tile(inputs, row, counted, window, start, i, VARIANT)
+        place = place_of_tile(inputs, row, counted, window, start, i, i < FULL, VARIANT)
         gradient = _gradient_of_tile(inputs, scalars, z[i], y[i], wy[i], constants, coefficients, VARIANT)
         if i >= NUM_AGAIN and not VARIANT.PROBABILITIES:
-            gradient = tl.where(place[1] == targets[0].to(tl.int32), gradient_g, gradient)
+            g = column(if_counted(counted, targets[0].to(tl.int32), -1), gradient)
+            gradient = tl.where(place[1] == g, column(gradient_g, gradient), gradient)
         mask = place[2] if VARIANT.ROWS > 1 or i >= FULL else None
         _store_gradient(gradient_ptr, gradient_stride, row, place, gradient, mask, VARIANT)
 
@@ -145,23 +148,21 @@ def store_gradient_of_rest(
     if not VARIANT.PROBABILITIES:
         g, _, _ = targets
         gradient_g = gradient_at_targets(inputs, scalars, targets, constants, coefficients, VARIANT)
-        AGAIN: tl.constexpr = again_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.ROWS, VARIANT.ADJACENT, VARIANT.CTAS)
-        NUM_AGAIN: tl.constexpr = num_again(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL, AGAIN)
+        AGAIN: tl.constexpr = again_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.ADJACENT, VARIANT.CTAS)
+        NUM_AGAIN: tl.constexpr = num_again(
+        VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.ROWS, VARIANT.TILES, VARIANT.TAIL, AGAIN
+    )
         if NUM_AGAIN > 0:
             # What the target lies in once more, under a mask: the thread that wrote the class before writes it again.
-            if VARIANT.ROWS == 1:
-                col = g.to(tl.int32) - window[1]
-                place = place_of(inputs, row, counted, window, col // AGAIN * AGAIN, AGAIN, VARIANT)
-                if VARIANT.WINDOW:
-                    g = tl.where(col < window[2], g, -1)
-                if VARIANT.TAIL > 0:
-                    g = tl.where(
-                        col < start_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL, NUM_AGAIN), g, -1
-                    )
-                mask = place[1] == g.to(tl.int32)
-            else:
-                place = place_of_tile(inputs, row, counted, window, 0, 0, VARIANT)
-                mask = place[3] & (place[1] == g.to(tl.int32)[:, None])
+            col = g.to(tl.int32) - window[1]
+            place = place_of(inputs, row, counted, window, col // AGAIN * AGAIN, AGAIN, False, VARIANT)
+            if VARIANT.WINDOW:
+                g = tl.where(col < window[2], g, -1)
+            if VARIANT.TAIL > 0:
+                g = tl.where(
+                    col < start_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL, NUM_AGAIN), g, -1
+                )
+            mask = place[1] == g.to(tl.int32)
             gradient, _ = tl.broadcast(column(gradient_g.to(gradient_ptr.dtype.element_ty), place[1]), place[1])
             _store_gradient(gradient_ptr, gradient_stride, row, place, gradient, mask, VARIANT)
     if VARIANT.WINDOW:
@@ -178,7 +179,7 @@ def store_no_gradient(inputs, gradient_ptr, gradient_stride, row, counted, VARIA
     """Write zeros as the gradient of the program's rows, none of which counts."""
     window = window_of(inputs, row, VARIANT)
     for start in range(0, inputs.num_classes * VARIANT.ALIGN, VARIANT.BLOCK_K):
-        place = place_of(inputs, row, counted, window, start, VARIANT.BLOCK_K, VARIANT)
+        place = place_of(inputs, row, counted, window, start, VARIANT.BLOCK_K, False, VARIANT)
         zero = full_tile(VARIANT.BLOCK_K, 0.0, VARIANT)
         _store_gradient(gradient_ptr, gradient_stride, row, place, zero, place[2], VARIANT)
     if VARIANT.WINDOW:
@@ -261,7 +262,7 @@ def walk_lse(inputs, scalars, row, counted, window, edge, VARIANT: tl.constexpr)
     lse = add_to_lse(lse, z, wy, given, VARIANT.HAS_Y or VARIANT.SMOOTHED, VARIANT)
     m = largest_of_row(lse[0])
     reference = reference_of(m, VARIANT.PTX)
-    lse = lse_of_row(lse, reference, m, zeros(VARIANT), VARIANT.HAS_Y or VARIANT.SMOOTHED)
+    lse = lse_of_groups(lse, reference, m, zeros(VARIANT), VARIANT.HAS_Y or VARIANT.SMOOTHED)
     if VARIANT.SMOOTHED:
         return _smoothed(lse, inputs, scalars, VARIANT), reference
     else:
@@ -282,7 +283,7 @@ def walk_sums(inputs, scalars, row, counted, window, edge, constants, VARIANT: t
         h, u = sums_of_tiles(tiles, constants, VARIANT)
         h_sum += h
         u_sum += u
-    return sums_of_row(h_sum, u_sum, edge, constants, VARIANT)
+    return _sums_of_groups_and_edge(h_sum, u_sum, edge, constants, VARIANT)
 
 
 @triton.jit
@@ -325,3 +326,22 @@ def store_gradient(
         inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, edge, targets, constants, coefficients,
         VARIANT,
     )  # fmt: skip
+
+
+@triton.jit
+def lse_of_row(inputs, scalars, row, counted, window, edge, tiles, VARIANT: tl.constexpr):
+    """((m, s, Σ w y, Σ w y (z - m), ω), reference) of each row, in registers or in memory."""
+    if VARIANT.RESIDENT:
+        return lse_of_tiles(inputs, scalars, tiles, edge, VARIANT)
+    else:
+        return walk_lse(inputs, scalars, row, counted, window, edge, VARIANT)
+
+
+@triton.jit
+def sums_of_row(inputs, scalars, row, counted, window, edge, tiles, constants, VARIANT: tl.constexpr):
+    """(Σ h, Σ u) in bits for each row, in registers or in memory; with 1 - y for probabilities."""
+    if VARIANT.RESIDENT:
+        h_sum, u_sum = sums_of_tiles(tiles, constants, VARIANT)
+        return _sums_of_groups_and_edge(h_sum, u_sum, edge, constants, VARIANT)
+    else:
+        return walk_sums(inputs, scalars, row, counted, window, edge, constants, VARIANT)
