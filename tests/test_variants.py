@@ -45,7 +45,11 @@ def assert_can_be_launched(line):
         assert line["subtracted_products"] == 0 or not line["triton"].startswith("3.8"), line
         # Bytes: on sm_100 where a thread holds 50 classes, and with Triton before 3.8 elsewhere.
         assert line["spill"] <= (16 if has_clusters(line["triton"]) else 32), line
-        narrow = line["variant"] and line["variant"]["TILES"] == 0  # rows so short that no thread has 16 bytes
+        variant = line["variant"]
+        # Rows so short that no thread has 16 bytes, or that share a program, and are read as they lie.
+        narrow = variant and (
+            variant["TILES"] == 0 or (variant["ROWS"] > 1 and 1 << variant["ADJACENT"] < variant["VECTOR"])
+        )
         assert line["widest"] >= 16 or line["less"] != "0" or narrow, line
 
 
@@ -77,12 +81,17 @@ def test_every_way_to_hold_rows_compiles_for_blackwell(dtype):
     lines = lines_of("sm_100", "--ways", dtype)
     largest = 16 if has_clusters(lines[0]["triton"]) else 1
     device = Device(warp_size=32, multiprocessors=148, largest_cluster=largest, shared_bytes=227 << 10)
-    ways, tiles = set(), set()
+    ways, tiles, size = set(), set(), 4 if dtype == "float32" else 2
     for K in range(1, 2**18 + 2):
-        how = plan(K, 4 if dtype == "float32" else 2, holds_rows=True, aligned=True, plain=True, device=device)
-        width = how.block_k // how.groups
-        ways |= {(window, width, how.num_warps, how.num_ctas) for window in {False, how.rows == 1}}
-        tiles.add((width, how.tiles, how.tail))
+        for at_once in [2**i for i in range(5) if 2**i <= 16 // size]:
+            how = plan(K, size, holds_rows=True, at_once=at_once, plain=True, device=device)
+            width = how.block_k // how.groups
+            if at_once == 16 // size:
+                ways |= {(window, width, how.num_warps, how.num_ctas) for window in {False, how.rows == 1}}
+                if K % at_once == 0 or how.rows == 1:
+                    tiles.add((width, how.tiles, how.tail))
+            elif how.rows > 1:
+                ways.add((False, width, how.num_warps, how.num_ctas))
     found, found_tiles = set(), set()
     for line in lines:
         assert_can_be_launched(line)
@@ -183,20 +192,23 @@ from helpers import options_of
 from sre_triton.kernels import primitives
 
 launches = compile_only("sm_90")
-for num_classes in (1000, 1400, 5003, 16384, 21841, 32768, 50257, 262144, 300000):
+for num_classes in (24, 1000, 1400, 5003, 16384, 21841, 32768, 50257, 262144, 300000):
     logits, target = torch.empty(600, num_classes, dtype=torch.bfloat16), torch.zeros(600, dtype=torch.long)
     primitives.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(600), options_of())
     print(launches[-1].arguments["VARIANT"].GROUPS, launches[-1].compiled.asm["ttgir"], "-- the next --")
 """
     texts = run("-c", code).split("-- the next --")[:-1]
-    assert len(texts) == 9
+    assert len(texts) == 10
     for text in texts:
         groups = int(text.split(maxsplit=1)[0])
-        stores = re.findall(r"tt\.store .*?: (tensor<(\d+)x!tt\.ptr<bf16>, (#\w+)>|!tt\.ptr<bf16>)", text)
-        widths = [(int(width or 0) // groups, layout) for _, width, layout in stores]
-        for width, layout in widths:  # 1: the edges of a window
+        stores = re.findall(r"tt\.store .*?: (tensor<((?:\d+x)+)!tt\.ptr<bf16>, (#\w+)>|!tt\.ptr<bf16>)", text)
+        shapes = [([int(size) for size in shape.split("x")[:-1]], layout) for _, shape, layout in stores]
+        # Of one row a tile is a vector; of several it has three dimensions, rows, threads, and classes of a thread.
+        widths = [(shape[-1] if len(shape) == 3 else shape[0] // groups, layout) for shape, layout in shapes]
+        for (shape, _), (width, layout) in zip(shapes, widths, strict=True):  # 1: the edges of a window
             assert width in (1, 2, 4, 8, 16)
-            assert f"sizePerThread = [{min(width, 8)}]" in re.search(rf"{layout} = (.*)", text)[1]
+            of_thread = ", ".join(["1"] * (len(shape) - 1) + [str(min(width, 8))])
+            assert f"sizePerThread = [{of_thread}]" in re.search(rf"{layout} = (.*)", text)[1]
         layouts = [layout for width, layout in widths if width >= 8]
         assert len(layouts) >= 2
         assert len(set(layouts)) == 1
@@ -221,7 +233,7 @@ for num_classes in (10, 1000, 5003, 16384, 50257, 262144, 300000):
     assert len(texts) == 7
     for text in texts:
         # λ is a scalar, scale is one too or has a value for each of the rows that share a program.
-        loads = [match.start() for match in re.finditer(r"tt\.load .*: (tensor<16x)?!tt\.ptr<f32>", text)]
+        loads = [match.start() for match in re.finditer(r"tt\.load .*: (tensor<\d+x)?!tt\.ptr<f32>", text)]
         assert len(loads) == 2
         assert max(loads) < text.index('"tt.reduce"')
 

@@ -29,6 +29,7 @@ import gc
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -47,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "perf"))
 from cross_compile import SHARED, TARGETS, Code, Launch, OnGpu, compile_only
 
 from sre_triton.kernels import kernels, launch, primitives
-from sre_triton.kernels.plan import SMALLEST_TILE, Plan, plan
+from sre_triton.kernels.plan import Plan, plan
 from sre_triton.primitives import RowOptions
 
 # Every width of a tile, in registers and in a loop, short and long; less a few classes, every alignment.
@@ -123,14 +124,14 @@ def every_pair(settings: dict, seed: int = 0) -> list[dict]:
     return calls
 
 
-def plan_of(call: dict, num_classes: int) -> Plan:
-    """How plan.py holds the rows of a call, if they were of so many classes, and aligned."""
+def plan_of(call: dict, num_classes: int, at_once: int = 0) -> Plan:
+    """How plan.py holds the rows of a call, if they were of so many classes, and aligned: 16 bytes are read at once."""
     has_y = call["target"] != "indices" or bool(call["weight"] and call["label_smoothing"])
     return plan(
         num_classes,
         call["dtype"].itemsize,
         holds_rows=call["primitive"] in ("row_loss", "row_loss_and_gradient"),
-        at_once=16 // element_size,
+        at_once=at_once or 16 // call["dtype"].itemsize,
         plain=not has_y and not call["softcap"],
         device=launch.device_of(None),
     )
@@ -170,8 +171,11 @@ def every_way(call: dict) -> list[dict]:
     for start, end, vector in stretches(call):
         longest = (end - 1) // vector * vector
         sizes.add(longest)
-        if start > SMALLEST_TILE // 2:  # no window where rows share a program
+        if plan_of(call, start).rows == 1:
             sizes.add((end - 2) | 1)
+        else:  # they have no window; the shortest of each number of classes that are read at once
+            short = range(start, start + 2 * vector)
+            sizes |= {next(K for K in short if math.gcd(K, vector) == 1 << i) for i in range(vector.bit_length() - 1)}
         step = -(-max(1, (end - start) // 64) // vector) * vector
         for K in (longest, *range(-(-start // vector) * vector, end, step)):
             how = plan_of(call, K)

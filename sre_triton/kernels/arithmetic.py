@@ -76,6 +76,12 @@ def minus_log2(P, M, PTX: tl.constexpr):
 
 
 @triton.jit
+def product_of_two(M_a, P_a, M_b, P_b):
+    """(M, P) of the product of two factors P, where P = 1 - M and M is kept beside it: see `minus_log2`."""
+    return M_a + less_product(M_b, M_a, M_b), P_a * P_b
+
+
+@triton.jit
 def tanh(v):
     """tanh v, of the shape of v, right to 2e-7 of itself. The softcap needs it.
 

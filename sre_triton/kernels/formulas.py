@@ -17,16 +17,16 @@ Logarithms have the base 2, because a GPU's instructions have it. compiled/formu
 are those of this file times log 2.
 
 Shapes. A program with one row has a tile as a vector, (BLOCK_K,) or narrower, and a value of the row as a scalar. A
-program with several rows has a tile as a matrix, (ROWS, BLOCK_K), and a value of the rows as a vector, (ROWS,);
-`column` (groups.py) makes a column of the vector where it meets the tile. Sums are kept for each group of classes of a
-tile, in (GROUPS,) or (ROWS, GROUPS). One thread has a whole group (groups.py), so no thread waits for another before
-the row ends.
+program with several rows has a tile as (ROWS, GROUPS, BLOCK_K / GROUPS), and a value of the rows as a vector, (ROWS,);
+`column` (groups.py) gives the vector two dimensions more where it meets the tile. Sums are kept for each group of
+classes of a tile, in (GROUPS,) or (ROWS, GROUPS). One thread has a whole group (groups.py), so no thread waits for
+another before the row ends.
 """
 
 import triton
 import triton.language as tl
 
-from .arithmetic import INF, LOG2_E, exp2, fma, less_product, minus_log2, reciprocal, value_of
+from .arithmetic import INF, LOG2_E, exp2, fma, less_product, minus_log2, product_of_two, reciprocal, value_of
 from .groups import (
     column,
     halves,
@@ -34,6 +34,7 @@ from .groups import (
     levels_of,
     maximum_of_groups,
     num_alike,
+    sum_in_pairs,
     sum_of_groups,
     sum_of_row,
     to_groups,
@@ -115,11 +116,11 @@ def maximum_of(tiles, edge, VARIANT: tl.constexpr):
 def sum_of_exps(tiles, edge, reference, VARIANT: tl.constexpr):
     """s, the sum of e over each row, from its tiles in registers and its edge."""
     factor, product = column(reference[0], tiles[0]), column(reference[1], tiles[0])
-    _, exp_sum = _exp(tiles[0], factor, product)
-    for i in tl.static_range(1, num_alike(VARIANT.TILES)):
+    alike = ()
+    for i in tl.static_range(num_alike(VARIANT.TILES)):
         _, e = _exp(tiles[i], factor, product)
-        exp_sum += e
-    exp_sum = sum_of_groups(exp_sum, VARIANT)
+        alike = alike + (e,)
+    exp_sum = sum_of_groups(sum_in_pairs(alike), VARIANT)
     for i in tl.static_range(num_alike(VARIANT.TILES), len(tiles)):
         _, e = _exp(tiles[i], factor, product)
         exp_sum += sum_of_groups(e, VARIANT)
@@ -240,32 +241,27 @@ def coin_h_and_u(z, constants, PTX: tl.constexpr):
 
 @triton.jit
 def _sums_in_factors(z, constants, VARIANT: tl.constexpr):
-    """(|v|, u) of each class of a tile, and M for every four, or fewer, classes of a group."""
-    _, t, mu, _ = coin(z, constants, VARIANT.PTX)
+    """(|v|, u) of each class of a tile, and (M, 1 - M) for every four, or fewer, classes of a group."""
+    _, t, mu, rest = coin(z, constants, VARIANT.PTX)
     v = t * mu
     u = less_product(v, v, mu)
     for level in tl.static_range(levels_of(z, VARIANT.GROUPS, LOG2_FACTOR)):
         a, b = halves(mu, level, VARIANT)
         mu = a + less_product(b, a, b)
-    return tl.abs(v), u, mu
-
-
-@triton.jit
-def _product_of_two(M_a, P_a, M_b, P_b):
-    """(M, P) of two factors."""
-    return M_a + less_product(M_b, M_a, M_b), P_a * P_b
+        rest = 1.0 - mu
+    return tl.abs(v), u, mu, rest
 
 
 @triton.jit
 def _product_of_groups(M, P, tile, VARIANT: tl.constexpr):
     """(M, P) of each group, from those of the tile's factors."""
     if len(tile.shape) == 3:
-        return tl.reduce((M, P), 2, _product_of_two)
+        return tl.reduce((M, P), 2, product_of_two)
     else:
         for level in tl.static_range(LOG2_FACTOR, levels_of(tile, VARIANT.GROUPS)):
             a, b = halves(M, level, VARIANT)
             P_a, P_b = halves(P, level, VARIANT)
-            M, P = _product_of_two(a, P_a, b, P_b)
+            M, P = product_of_two(a, P_a, b, P_b)
         return M, P
 
 
@@ -275,23 +271,22 @@ def sums_of_h_and_u(tiles, constants, VARIANT: tl.constexpr):
 
     A logarithm costs more than a product, and Σ log2(1 - μ) = log2 P for P = Π (1 - μ). M = 1 - P goes along, because P
     knows nothing of a small M: two classes with μ = 1e-9 have P = 1 and M = 2e-9. Two parts a and b of a product have M
-    = a + b (1 - a). P is multiplied from factors 1 - M of four classes each, or of fewer in a narrow tile. With eight
-    classes in a factor, all at μ = 1/2, 1 - M = 2^-8 would have lost eight bits.
+    = a + b (1 - a). P is multiplied from factors 1 - M of four classes each, or of fewer in a narrow tile and
+    where rows share a program. With eight classes in a factor, all at μ = 1/2, 1 - M = 2^-8 would have lost eight bits.
     """
-    v_sum, u_sum, M = _sums_in_factors(tiles[0], constants, VARIANT)
-    P = 1.0 - M
+    v_sum, u_sum, M, P = _sums_in_factors(tiles[0], constants, VARIANT)
     for i in tl.static_range(1, num_alike(VARIANT.TILES)):
-        v, u, mu = _sums_in_factors(tiles[i], constants, VARIANT)
+        v, u, mu, _ = _sums_in_factors(tiles[i], constants, VARIANT)
         # The sums begin with the first tile and not with 0: an addition to 0 is an instruction too.
         v_sum, u_sum = v_sum + v, u_sum + u
         M, P = M + less_product(mu, M, mu), less_product(P, P, mu)
     M, P = _product_of_groups(M, P, tiles[0], VARIANT)
     v_sum, u_sum = sum_of_groups(v_sum, VARIANT), sum_of_groups(u_sum, VARIANT)
     for i in tl.static_range(num_alike(VARIANT.TILES), len(tiles)):
-        v, u, mu = _sums_in_factors(tiles[i], constants, VARIANT)
+        v, u, mu, rest = _sums_in_factors(tiles[i], constants, VARIANT)
         v_sum, u_sum = v_sum + sum_of_groups(v, VARIANT), u_sum + sum_of_groups(u, VARIANT)
         if len(mu.shape) == 3 or levels_of(tiles[i], VARIANT.GROUPS) > LOG2_FACTOR:
-            mu, rest = _product_of_groups(mu, 1.0 - mu, tiles[i], VARIANT)
+            mu, rest = _product_of_groups(mu, rest, tiles[i], VARIANT)
             M, P = M + less_product(mu, M, mu), P * rest
         else:
             M, P = M + less_product(mu, M, mu), less_product(P, P, mu)

@@ -8,6 +8,9 @@ neighbouring threads read neighbouring memory. A tile of 16 classes and two thre
     ADJACENT = 3    A A A A A A A A B B B B B B B B     bf16: 8 classes are 16 bytes
     ADJACENT = 2    A A A A B B B B A A A A B B B B     float32: 4 classes are 16 bytes
     ADJACENT = 0    A B A B A B A B A B A B A B A B     odd K and no window: class by class
+
+Where rows share a program, a tile has three dimensions: (ROWS, GROUPS, classes that a thread reads at once). Then no
+thread has anything of its group elsewhere, and a row has more tiles instead.
 """
 
 import triton
@@ -30,9 +33,9 @@ LOG2_GROUP = tl.constexpr(3)
 def num_tiles(TILES, TAIL):
     """How many tiles a row has, or a step of a walk: TILES whole ones, and the narrower ones of the tail.
 
-    A whole tile has eight or sixteen classes for each thread. TAIL is the number of classes for each thread that are
-    left over, a sum of 8, 4 and 2, and each of these stands for a tile. 5400 classes and 128 threads, BLOCK_K = 2048,
-    TILES = 2, TAIL = 12:
+    A whole tile has eight or sixteen classes for each thread, or fewer where rows share a program. TAIL is the number
+    of classes for each thread that are left over, a sum of 8, 4 and 2, and each of these stands for a tile. 5400
+    classes and 128 threads, BLOCK_K = 2048, TILES = 2, TAIL = 12:
 
         tile       0            1               2               3
         classes    0 to 2047    2048 to 4095    4096 to 5119    5120 to 5631, of which those from 5400 on do not exist
@@ -73,10 +76,10 @@ def again_of(BLOCK_K, GROUPS, ADJACENT, CTAS):
 
 
 @triton.constexpr_function
-def num_again(BLOCK_K, GROUPS, ROWS, TILES, TAIL, again):
+def num_again(BLOCK_K, GROUPS, TILES, TAIL, again):
     """How many tiles are wide enough for the target to be stored again; it is put into the others."""
     count = 0
-    while ROWS == 1 and width_of(BLOCK_K, GROUPS, TILES, TAIL, count) >= again:
+    while width_of(BLOCK_K, GROUPS, TILES, TAIL, count) >= again:
         count += 1
     return count
 
@@ -85,6 +88,12 @@ def num_again(BLOCK_K, GROUPS, ROWS, TILES, TAIL, again):
 def num_alike(TILES):
     """How many of the first tiles are as wide as the first."""
     return max(1, TILES)
+
+
+@triton.constexpr_function
+def num_levels(count):
+    """How often pairs are made of so many things until one is left."""
+    return (count - 1).bit_length()
 
 
 @triton.constexpr_function
@@ -138,6 +147,22 @@ def halves(x, LEVEL: tl.constexpr, VARIANT: tl.constexpr):
         # Each thread block halves its own part of the tile.
         a, b = tl.split(tl.permute(tl.reshape(x, (VARIANT.CTAS, 2, x.shape[0] // (2 * VARIANT.CTAS))), (0, 2, 1)))
         return tl.reshape(a, (x.shape[0] // 2,)), tl.reshape(b, (x.shape[0] // 2,))
+
+
+@triton.jit
+def sum_in_pairs(tiles):
+    """The sum of a tuple of tensors of one shape, in pairs.
+
+    One after another, 32 of them would lose 31 roundings of the largest: e is 1 at one class, and 1e-7 at others.
+    """
+    for _level in tl.static_range(num_levels(len(tiles))):
+        halved = ()
+        for i in tl.static_range(len(tiles) // 2):
+            halved = halved + (tiles[2 * i] + tiles[2 * i + 1],)
+        if len(tiles) % 2 == 1:
+            halved = halved + (tiles[len(tiles) - 1],)
+        tiles = halved
+    return tiles[0]
 
 
 @triton.jit

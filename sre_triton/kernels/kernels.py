@@ -49,11 +49,33 @@ from .rows import (
     zeros,
 )
 from .walks import (
-    lse_of_row,
+    lse_of_tiles,
     store_gradient,
     store_no_gradient,
-    sums_of_row,
+    sums_of_groups,
+    sums_of_tiles,
+    walk_lse,
+    walk_sums,
 )
+
+
+@triton.jit
+def _lse_of_row(inputs, scalars, row, counted, window, edge, tiles, VARIANT: tl.constexpr):
+    """((m, s, Σ w y, Σ w y (z - m), ω), reference) of each row, in registers or in memory."""
+    if VARIANT.RESIDENT:
+        return lse_of_tiles(inputs, scalars, tiles, edge, VARIANT)
+    else:
+        return walk_lse(inputs, scalars, row, counted, window, edge, VARIANT)
+
+
+@triton.jit
+def _sums_of_row(inputs, scalars, row, counted, window, edge, tiles, constants, VARIANT: tl.constexpr):
+    """(Σ h, Σ u) in bits for each row, in registers or in memory; with 1 - y for probabilities."""
+    if VARIANT.RESIDENT:
+        h_sum, u_sum = sums_of_tiles(tiles, constants, VARIANT)
+        return sums_of_groups(h_sum, u_sum, edge, constants, VARIANT)
+    else:
+        return walk_sums(inputs, scalars, row, counted, window, edge, constants, VARIANT)
 
 
 @triton.jit
@@ -68,10 +90,10 @@ def _loss_of_counted_rows(
     edge = load_edge(inputs, scalars, row, window, VARIANT)
     if tiles is None:
         tiles = load_row(inputs, scalars, row, counted, window, VARIANT)
-    lse, reference = lse_of_row(inputs, scalars, row, counted, window, edge, tiles, VARIANT)
+    lse, reference = _lse_of_row(inputs, scalars, row, counted, window, edge, tiles, VARIANT)
     lse = lse_with_targets(inputs, scalars, lse, targets, VARIANT)
     constants, exp_sum, log_sum = constants_of(scalars, reference, lse[1], counted, VARIANT.PTX)
-    h_sum, u_sum = sums_of_row(inputs, scalars, row, counted, window, edge, tiles, constants, VARIANT)
+    h_sum, u_sum = _sums_of_row(inputs, scalars, row, counted, window, edge, tiles, constants, VARIANT)
     h_sum, u_sum = sums_with_targets(inputs, scalars, h_sum, u_sum, targets, constants, VARIANT)
     losses = losses_of(scalars, factors, lse, h_sum, log_sum, counted, VARIANT)
     store_per_row(losses_ptr, inputs, row, losses, 0, VARIANT)
@@ -156,7 +178,7 @@ def row_lse_kernel(inputs, scalars, stats_ptr, VARIANT: tl.constexpr):
         window = window_of(inputs, row, VARIANT)
         edge = load_edge(inputs, scalars, row, window, VARIANT)
         tiles = load_row(inputs, scalars, row, masked, window, VARIANT)
-        lse, reference = lse_of_row(inputs, scalars, row, masked, window, edge, tiles, VARIANT)
+        lse, reference = _lse_of_row(inputs, scalars, row, masked, window, edge, tiles, VARIANT)
         stats = stats_of(lse_with_targets(inputs, scalars, lse, targets, VARIANT), reference, masked)
         store_per_row(stats_ptr, inputs, row, stats, 0, VARIANT)
     else:
@@ -191,7 +213,7 @@ def row_sums_kernel(inputs, scalars, stats_ptr, sums_ptr, VARIANT: tl.constexpr)
         window = window_of(inputs, row, VARIANT)
         edge = load_edge(inputs, scalars, row, window, VARIANT)
         tiles = load_row(inputs, scalars, row, masked, window, VARIANT)
-        h_sum, u_sum = sums_of_row(inputs, scalars, row, masked, window, edge, tiles, constants, VARIANT)
+        h_sum, u_sum = _sums_of_row(inputs, scalars, row, masked, window, edge, tiles, constants, VARIANT)
         sums = sums_with_targets(inputs, scalars, h_sum, u_sum, targets, constants, VARIANT)
         store_per_row(sums_ptr, inputs, row, all_if_counted(masked, sums), 0, VARIANT)
     else:

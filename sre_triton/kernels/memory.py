@@ -3,7 +3,7 @@
 One instruction reads 16 bytes, VECTOR elements, only where they begin at a multiple of 16 bytes. With an odd K most
 rows begin elsewhere. Such a row is read as a *window*, which begins and ends at multiples, and an *edge*, the few
 classes before and after the window (WINDOW). The second row of bf16 logits with K = 21, a letter for each element (rows
-as short as these share a program, and have no window; from K = 129 on it is the same):
+as short as these share a program, and have no window; from K = 1025 on it is the same):
 
     element    16      24      32      40      48
                |       |       |       |       |
@@ -152,12 +152,9 @@ def window_of(inputs, row, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def full_tile(WIDTH: tl.constexpr, value: tl.constexpr, VARIANT: tl.constexpr):
-    """A tile full of one value: (WIDTH,), or (ROWS, WIDTH) where the program has several rows."""
-    if VARIANT.ROWS == 1:
-        return tl.full((WIDTH,), value, tl.float32)
-    else:
-        return tl.full((VARIANT.ROWS, WIDTH), value, tl.float32)
+def full_tile(WIDTH: tl.constexpr, value: tl.constexpr):
+    """A tile of one row, (WIDTH,), full of one value."""
+    return tl.full((WIDTH,), value, tl.float32)
 
 
 @triton.jit
@@ -172,20 +169,19 @@ def place_of_tile(inputs, row, counted, window, start, i: tl.constexpr, ALL: tl.
 def place_of(
     inputs, row, counted, window, start, WIDTH: tl.constexpr, ALL: tl.constexpr, VARIANT: tl.constexpr
 ):  # fmt: skip
-    """The place of WIDTH classes, from `start` in the window on: four tensors of the shape of such a tile.
+    """The place of WIDTH classes, from `start` in the window on: four tensors that meet in the shape of such a tile.
 
-    ALL says that every row has them all.
-
-    Loads and stores need its elements, its classes and two masks: which classes exist, and which are to be read. The
-    masks differ only for a program of several rows: the classes of an ignored row exist, and get a gradient of 0, but
-    are not read. Example, row 1 of the picture with WIDTH = 256 and start = 0: element 24 + i, class 3 + i, and both
-    masks i < 16.
+    ALL says that every row has all of them. Of rows that share a program each may have a `start` of its own, (ROWS, 1,
+    1). Loads and stores need its elements, its classes and two masks: which classes exist, and which are to be read.
+    The masks differ only for a program of several rows: the classes of an ignored row exist, and get a gradient of 0,
+    but are not read. Example, row 1 of the picture with WIDTH = 256 and start = 0: element 24 + i, class 3 + i, and
+    both masks i < 16.
     """
     first, head, length = window
     if VARIANT.ROWS > 1:
         ADJACENT: tl.constexpr = WIDTH // VARIANT.GROUPS
-        cols = start + tl.arange(0, VARIANT.GROUPS)[:, None] * ADJACENT + tl.arange(0, ADJACENT)[None, :]
-        cols = cols[None, :, :]
+        cols = tl.arange(0, VARIANT.GROUPS)[:, None] * ADJACENT + tl.arange(0, ADJACENT)[None, :]
+        cols = start + cols[None, :, :]
         inside, _ = tl.broadcast((row < num_rows_of(inputs))[:, None, None], cols)
         read, _ = tl.broadcast(counted[:, None, None], cols)
         if not ALL:

@@ -72,7 +72,7 @@ class Variant(NamedTuple):
     STAGES: int  # of the loop over rows, where a program goes from row to row; 0 where it has one set of rows
     ROWS: int  # rows of a program at a time
     BLOCK_K: int  # classes of a tile
-    GROUPS: int  # of a tile: each thread has one, eight or sixteen classes
+    GROUPS: int  # of a tile: one for each thread of a row
     TILES: int  # tiles of a row that is resident, or in one step of a loop
     TAIL: int  # classes of each group that a resident row has besides: see groups.py, `num_tiles`
     FULL: int  # how many tiles of a resident row are full in every row, and need no mask

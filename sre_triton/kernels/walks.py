@@ -56,7 +56,7 @@ def sums_of_tiles(tiles, constants, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def _sums_of_groups_and_edge(h_sum, u_sum, edge, constants, VARIANT: tl.constexpr):
+def sums_of_groups(h_sum, u_sum, edge, constants, VARIANT: tl.constexpr):
     """(Σ h, Σ u) in bits for each row, from those for its groups and from its edge; with 1 - y for probabilities."""
     if VARIANT.WINDOW:
         z, y, _, _ = edge
@@ -111,12 +111,10 @@ def store_gradient_of_tiles(
     than one instruction stores, the target's gradient is put into the tile.
     """
     z, y, wy, _ = tiles
-    if (VARIANT.TAIL > 0 or VARIANT.ROWS > 1) and not VARIANT.PROBABILITIES:  # the compiler makes one of this and the one of the rest
+    if VARIANT.TAIL > 0 and not VARIANT.PROBABILITIES:  # the compiler makes one of this and the one of the rest
         gradient_g = gradient_at_targets(inputs, scalars, targets, constants, coefficients, VARIANT)
     AGAIN: tl.constexpr = again_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.ADJACENT, VARIANT.CTAS)
-    NUM_AGAIN: tl.constexpr = num_again(
-        VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.ROWS, VARIANT.TILES, VARIANT.TAIL, AGAIN
-    )
+    NUM_AGAIN: tl.constexpr = num_again(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL, AGAIN)
     for i in tl.static_range(num_tiles(VARIANT.TILES, VARIANT.TAIL)):
         place = place_of_tile(inputs, row, counted, window, start, i, i < FULL, VARIANT)
         gradient = _gradient_of_tile(inputs, scalars, z[i], y[i], wy[i], constants, coefficients, VARIANT)
@@ -149,20 +147,23 @@ def store_gradient_of_rest(
         g, _, _ = targets
         gradient_g = gradient_at_targets(inputs, scalars, targets, constants, coefficients, VARIANT)
         AGAIN: tl.constexpr = again_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.ADJACENT, VARIANT.CTAS)
-        NUM_AGAIN: tl.constexpr = num_again(
-        VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.ROWS, VARIANT.TILES, VARIANT.TAIL, AGAIN
-    )
+        NUM_AGAIN: tl.constexpr = num_again(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL, AGAIN)
         if NUM_AGAIN > 0:
             # What the target lies in once more, under a mask: the thread that wrote the class before writes it again.
-            col = g.to(tl.int32) - window[1]
-            place = place_of(inputs, row, counted, window, col // AGAIN * AGAIN, AGAIN, False, VARIANT)
+            g = if_counted(counted, g.to(tl.int32), -1)
+            col = g - window[1]
+            # g is -1 where nothing is stored again; only of rows that share a program is a tile as narrow as one class.
+            start = (tl.maximum(col, 0) if VARIANT.ROWS > 1 else col) // AGAIN * AGAIN
+            if VARIANT.ROWS > 1:
+                start = start[:, None, None]
+            place = place_of(inputs, row, counted, window, start, AGAIN, False, VARIANT)
             if VARIANT.WINDOW:
                 g = tl.where(col < window[2], g, -1)
             if VARIANT.TAIL > 0:
                 g = tl.where(
                     col < start_of(VARIANT.BLOCK_K, VARIANT.GROUPS, VARIANT.TILES, VARIANT.TAIL, NUM_AGAIN), g, -1
                 )
-            mask = place[1] == g.to(tl.int32)
+            mask = place[1] == column(g, place[1])
             gradient, _ = tl.broadcast(column(gradient_g.to(gradient_ptr.dtype.element_ty), place[1]), place[1])
             _store_gradient(gradient_ptr, gradient_stride, row, place, gradient, mask, VARIANT)
     if VARIANT.WINDOW:
@@ -180,11 +181,11 @@ def store_no_gradient(inputs, gradient_ptr, gradient_stride, row, counted, VARIA
     window = window_of(inputs, row, VARIANT)
     for start in range(0, inputs.num_classes * VARIANT.ALIGN, VARIANT.BLOCK_K):
         place = place_of(inputs, row, counted, window, start, VARIANT.BLOCK_K, False, VARIANT)
-        zero = full_tile(VARIANT.BLOCK_K, 0.0, VARIANT)
+        zero = full_tile(VARIANT.BLOCK_K, 0.0)
         _store_gradient(gradient_ptr, gradient_stride, row, place, zero, place[2], VARIANT)
     if VARIANT.WINDOW:
         place = place_of_edge(inputs, row, window, VARIANT)
-        zero = full_tile(VARIANT.GROUPS, 0.0, VARIANT)
+        zero = full_tile(VARIANT.GROUPS, 0.0)
         _store_gradient(gradient_ptr, gradient_stride, row, place, zero, place[2], VARIANT)
 
 
@@ -250,7 +251,7 @@ def walk_lse(inputs, scalars, row, counted, window, edge, VARIANT: tl.constexpr)
     if VARIANT.WINDOW:
         lse = lse_of_edge(edge[0], edge[2], edge[3], VARIANT.HAS_Y or VARIANT.SMOOTHED)
     else:
-        none, zero = full_tile(VARIANT.GROUPS, -INF, VARIANT), full_tile(VARIANT.GROUPS, 0.0, VARIANT)
+        none, zero = full_tile(VARIANT.GROUPS, -INF), full_tile(VARIANT.GROUPS, 0.0)
         # Triton 3.6 and 3.8 rewrite a sum in a loop that begins at a constant, and fail if it is used twice afterwards.
         zero += tl.program_id(0).to(tl.float32) * 0.0
         lse = none, zero, zero, zero, zero
@@ -271,7 +272,7 @@ def walk_lse(inputs, scalars, row, counted, window, edge, VARIANT: tl.constexpr)
 
 @triton.jit
 def walk_sums(inputs, scalars, row, counted, window, edge, constants, VARIANT: tl.constexpr):
-    """(Σ h, Σ u) in bits for each row in memory, as `sums_of_row` has them; one read.
+    """(Σ h, Σ u) in bits for each row in memory, as `sums_of_groups` has them; one read.
 
     The last step comes first, while the other steps have nothing to wait for: it begins the sums.
     """
@@ -283,7 +284,7 @@ def walk_sums(inputs, scalars, row, counted, window, edge, constants, VARIANT: t
         h, u = sums_of_tiles(tiles, constants, VARIANT)
         h_sum += h
         u_sum += u
-    return _sums_of_groups_and_edge(h_sum, u_sum, edge, constants, VARIANT)
+    return sums_of_groups(h_sum, u_sum, edge, constants, VARIANT)
 
 
 @triton.jit
@@ -326,22 +327,3 @@ def store_gradient(
         inputs, scalars, gradient_ptr, gradient_stride, row, counted, window, edge, targets, constants, coefficients,
         VARIANT,
     )  # fmt: skip
-
-
-@triton.jit
-def lse_of_row(inputs, scalars, row, counted, window, edge, tiles, VARIANT: tl.constexpr):
-    """((m, s, Σ w y, Σ w y (z - m), ω), reference) of each row, in registers or in memory."""
-    if VARIANT.RESIDENT:
-        return lse_of_tiles(inputs, scalars, tiles, edge, VARIANT)
-    else:
-        return walk_lse(inputs, scalars, row, counted, window, edge, VARIANT)
-
-
-@triton.jit
-def sums_of_row(inputs, scalars, row, counted, window, edge, tiles, constants, VARIANT: tl.constexpr):
-    """(Σ h, Σ u) in bits for each row, in registers or in memory; with 1 - y for probabilities."""
-    if VARIANT.RESIDENT:
-        h_sum, u_sum = sums_of_tiles(tiles, constants, VARIANT)
-        return _sums_of_groups_and_edge(h_sum, u_sum, edge, constants, VARIANT)
-    else:
-        return walk_sums(inputs, scalars, row, counted, window, edge, constants, VARIANT)

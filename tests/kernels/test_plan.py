@@ -1,6 +1,7 @@
 """Every K has the path that the table of plan.py says, and no path has more registers or memory than there is."""
 
 import itertools
+import math
 
 import pytest
 
@@ -13,10 +14,10 @@ OLD = Device(warp_size=32, multiprocessors=68, largest_cluster=1, shared_bytes=0
 MI300X = Device(warp_size=64, multiprocessors=304, largest_cluster=1, shared_bytes=0)
 
 
-def of(num_classes, device=H100, element_size=2, holds_rows=True, plain=True, aligned=True, window=0):
+def of(num_classes, device=H100, element_size=2, holds_rows=True, plain=True, at_once=None, window=0):
     return plan(
         num_classes, element_size,
-        holds_rows=holds_rows, aligned=aligned, plain=plain, device=device, window=window,
+        holds_rows=holds_rows, at_once=at_once or 16 // element_size, plain=plain, device=device, window=window,
     )  # fmt: skip
 
 
@@ -24,12 +25,13 @@ def of(num_classes, device=H100, element_size=2, holds_rows=True, plain=True, al
     ("num_classes", "expected"),
     [
         # path, rows, classes of a tile, groups, tiles, tail, warps, blocks, stages, programs, registers
-        (1, ("resident", 16, 16, 2, 1, 0, 1, 1, 0, 0, 255)),
-        (16, ("resident", 16, 16, 2, 1, 0, 1, 1, 0, 0, 255)),
-        (17, ("resident", 8, 32, 4, 1, 0, 1, 1, 0, 0, 255)),
-        (128, ("resident", 2, 128, 16, 1, 0, 1, 1, 0, 0, 255)),
-        (129, ("resident", 1, 256, 32, 0, 6, 1, 1, 0, 0, 128)),
-        (1000, ("resident", 1, 256, 32, 4, 0, 1, 1, 0, 0, 128)),
+        (1, ("resident", 128, 8, 1, 0, 1, 4, 1, 0, 0, 168)),
+        (10, ("resident", 128, 8, 1, 1, 2, 4, 1, 0, 0, 168)),
+        (32, ("resident", 128, 8, 1, 4, 0, 4, 1, 0, 0, 168)),
+        (33, ("resident", 64, 16, 2, 2, 1, 4, 1, 0, 0, 168)),
+        (128, ("resident", 32, 32, 4, 4, 0, 4, 1, 0, 0, 168)),
+        (1000, ("resident", 4, 256, 32, 4, 0, 4, 1, 0, 0, 168)),
+        (1024, ("resident", 4, 256, 32, 4, 0, 4, 1, 0, 0, 168)),
         (1025, ("resident", 1, 512, 32, 2, 2, 1, 1, 0, 0, 168)),
         (4096, ("resident", 1, 1024, 128, 4, 0, 4, 1, 0, 0, 128)),
         (6400, ("resident", 1, 2048, 128, 3, 2, 4, 1, 0, 0, 168)),
@@ -96,33 +98,39 @@ def test_options_take_registers():
 
 def test_an_edge_takes_a_class_for_each_thread():
     # 50257 = 48 x 1024 + 1105: the edge takes 1016 of the rest, so 50 would hold nothing that 48 and 2 do not.
-    assert of(50257, aligned=False)[4:6] == (3, 2)
-    assert of(49152 + 1016, aligned=False, window=8)[4:6] == (3, 0)
-    assert of(49152 + 1017, aligned=False, window=8)[4:6] == (3, 2)
+    assert of(50257, at_once=1)[4:6] == (3, 2)
+    assert of(49152 + 1016, at_once=1, window=8)[4:6] == (3, 0)
+    assert of(49152 + 1017, at_once=1, window=8)[4:6] == (3, 2)
 
 
 def test_rows_that_are_not_aligned_are_not_on_their_way():
     for num_classes in (5000, 16383, 200000):
         how = of(num_classes)
-        assert of(num_classes, aligned=False) == how._replace(stages=0, programs=0)
+        assert of(num_classes, at_once=1) == how._replace(stages=0, programs=0)
 
 
 @pytest.mark.parametrize("device", [H100, A100, RTX, OLD, MI300X])
 def test_every_plan_can_be_launched(device):
     sizes = sorted({max(1, 2**i + j) for i in range(21) for j in (-1, 0, 1)} | {1000, 21841, 50257, 128256, 250112})
     for num_classes, element_size, holds_rows, plain in itertools.product(sizes, (2, 4), (False, True), (False, True)):
-        how = of(num_classes, device, element_size, holds_rows, plain)
+        at_once = math.gcd(num_classes, 16 // element_size)
+        how = of(num_classes, device, element_size, holds_rows, plain, at_once)
         threads = how.num_warps * device.warp_size
         assert threads <= 1024
         assert threads * how.registers <= 65536
         assert how.num_ctas <= 16
         assert (how.programs > 0) == (how.stages > 0)
+        places = how.block_k * how.tiles + how.tail * how.groups
+        if how.rows > 1:
+            # All threads have a row, and of it as many classes at a time as one instruction reads.
+            assert how.path == "resident"
+            assert how.rows * how.groups == threads
+            assert how.block_k == how.groups * at_once
+            assert places - how.groups < num_classes <= places
+            continue
+        assert how.groups == threads * how.num_ctas
+        assert how.block_k in (8 * how.groups, 16 * how.groups)
         if how.path != "loop":
             assert holds_rows
-            places = how.block_k * how.tiles + how.tail * how.groups
-            assert places >= num_classes
+            assert places - 2 * how.groups < num_classes <= places
             assert how.tail * how.groups < how.block_k
-            assert how.rows > 1 or num_classes > places - 2 * how.groups
-        if how.rows == 1:
-            assert how.groups == threads * how.num_ctas
-            assert how.block_k in (8 * how.groups, 16 * how.groups)

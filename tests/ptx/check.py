@@ -627,6 +627,8 @@ def smoke():
     yield "row_loss_and_gradient", 1000, "bf16", {"N": 16}
     yield "row_loss_and_gradient", 1400, "bf16", {"N": 16, "inplace": True}  # with two narrow tiles
     yield "row_loss_and_gradient", 10, "fp32", {"N": 20}
+    yield "row_loss_and_gradient", 19, "bf16", {"N": 140}  # a thread for each row
+    yield "row_loss_and_gradient", 100, "fp16", {"N": 40, "inplace": True, "scale": "each"}  # four, and a narrow tile
     yield "row_loss_and_gradient", 507, "fp16", {"N": 16, "inplace": True}
     yield "row_loss_and_gradient", 8192, "bf16", {"N": 9, "multiprocessors": 1}
     yield "row_loss_and_gradient", 21841, "bf16", {"N": 6, "seed": 4}

@@ -828,9 +828,12 @@ class Step:
 
             def read(m):
                 try:
-                    return m.R[text].view(dtype)
+                    value = m.R[text]
                 except KeyError:
-                    return m.undefined(text, storage, self.pc).view(dtype)
+                    value = m.undefined(text, storage, self.pc)
+                if value.itemsize > storage.itemsize:  # the register may be wider than the type
+                    value = value.astype(storage)
+                return value.view(dtype)
 
             return read
         value = self._immediate(text, kind)
