@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import sre_triton.kernels.plan
 from sre_triton.kernels.plan import Device, plan
 
 FOLDER = Path(__file__).parent
@@ -183,9 +184,10 @@ print(len(compiled), len({id(launch.compiled) for launch in compiled}))
     assert run("-c", code).split() == ["12", "4"]
 
 
-def test_the_target_is_written_by_the_thread_that_wrote_its_tile():
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_target_is_written_by_the_thread_that_wrote_its_tile(dtype):
     # Scalars are stored by one thread, in a cluster by its first block: a race with whoever stores the tile.
-    code = """
+    code = f"""
 import torch
 from cross_compile import compile_only
 from helpers import options_of
@@ -193,25 +195,67 @@ from sre_triton.kernels import primitives
 
 launches = compile_only("sm_90")
 for num_classes in (24, 1000, 1400, 5003, 16384, 21841, 32768, 50257, 262144, 300000):
-    logits, target = torch.empty(600, num_classes, dtype=torch.bfloat16), torch.zeros(600, dtype=torch.long)
+    logits, target = torch.empty(600, num_classes, dtype=torch.{dtype}), torch.zeros(600, dtype=torch.long)
     primitives.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(600), options_of())
     print(launches[-1].arguments["VARIANT"].GROUPS, launches[-1].compiled.asm["ttgir"], "-- the next --")
 """
     texts = run("-c", code).split("-- the next --")[:-1]
     assert len(texts) == 10
+    element = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[dtype]
+    at_once = 4 if dtype == "float32" else 8
     for text in texts:
         groups = int(text.split(maxsplit=1)[0])
-        stores = re.findall(r"tt\.store .*?: (tensor<((?:\d+x)+)!tt\.ptr<bf16>, (#\w+)>|!tt\.ptr<bf16>)", text)
-        shapes = [([int(size) for size in shape.split("x")[:-1]], layout) for _, shape, layout in stores]
+        pattern = rf"tt\.store .*?: (tensor<((?:\d+x)+)!tt\.ptr<{element}>, (#\w+)>|!tt\.ptr<{element}>)"
+        stores = [
+            ([int(size) for size in shape.split("x")[:-1]], layout) for _, shape, layout in re.findall(pattern, text)
+        ]
+        several = any(len(shape) == 3 for shape, _ in stores)
+        if dtype == "float32":  # so are the four losses: a number for each row
+            losses = [shape for shape, _ in stores if len(shape) == several]
+            assert len(losses) in (4, 8)  # a row that is ignored has stores of its own
+            stores = [store for store in stores if len(store[0]) != several]
         # Of one row a tile is a vector; of several it has three dimensions, rows, threads, and classes of a thread.
-        widths = [(shape[-1] if len(shape) == 3 else shape[0] // groups, layout) for shape, layout in shapes]
-        for (shape, _), (width, layout) in zip(shapes, widths, strict=True):  # 1: the edges of a window
+        assert {len(shape) for shape, _ in stores} == {3 if several else 1}
+        widths = [(shape[-1] if several else shape[0] // groups, layout) for shape, layout in stores]
+        for width, layout in widths:  # 1: the edges of a window
             assert width in (1, 2, 4, 8, 16)
-            of_thread = ", ".join(["1"] * (len(shape) - 1) + [str(min(width, 8))])
+            of_thread = ", ".join(["1"] * (2 * several) + [str(min(width, at_once))])
             assert f"sizePerThread = [{of_thread}]" in re.search(rf"{layout} = (.*)", text)[1]
-        layouts = [layout for width, layout in widths if width >= 8]
+        layouts = [layout for width, layout in widths if width >= at_once]
         assert len(layouts) >= 2
         assert len(set(layouts)) == 1
+
+
+def test_clusters_meet_as_often_as_the_table_says_and_at_the_end():
+    # A thread block that ends while another still reads its shared memory is a launch failure that stays.
+    code = """
+import json
+import torch
+from cross_compile import compile_only
+from helpers import options_of
+from sre_triton.kernels import launch, primitives
+
+launches = compile_only("sm_90")
+cases = [(K, dtype, {}) for K in (21841, 50304, 131072, 262144) for dtype in (torch.bfloat16, torch.float32)]
+cases += [(K, torch.float16, {"label_smoothing": 0.1}) for K in (21841, 262144)]
+cases += [(40001, torch.float16, {"softcap": 3.0})]
+for num_classes, dtype, options in cases * (launch.TRITON_VERSION >= (3, 8)):
+    logits, target = torch.empty(600, num_classes, dtype=dtype), torch.zeros(600, dtype=torch.long)
+    primitives.row_loss_and_gradient(logits, target, None, torch.ones(()).expand(600), options_of(**options))
+    made = launches[-1]
+    assert made.compiled.metadata.num_ctas > 1
+    print(json.dumps([made.arguments["VARIANT"].STAGES, options, made.compiled.asm["ptx"]]))
+"""
+    lines = [json.loads(line) for line in run("-c", code).splitlines()]
+    assert len(lines) in (0, 11)  # without clusters all take the loop
+    assert "seven times a row" in sre_triton.kernels.plan.__doc__
+    for stages, options, ptx in lines:
+        events = re.findall(r"barrier\.cluster\.(?:arrive|wait)|shared::cluster|mapa|st\.global|\bret;", ptx)
+        assert events[-3:] == ["barrier.cluster.arrive", "barrier.cluster.wait", "ret;"]
+        assert events.count("ret;") == 1
+        # Label smoothing has a sum of its own. A program that goes from row to row meets once more, at its end.
+        expected = 7 + 2 * ("label_smoothing" in options) + (stages > 0)
+        assert events.count("barrier.cluster.arrive") == events.count("barrier.cluster.wait") == expected, options
 
 
 def test_what_a_row_needs_last_is_loaded_before_its_threads_meet():

@@ -9,7 +9,10 @@ same (plan.py has a picture).
 The gradient at the target is computed from the row's values, and written over the gradient that its tile left there.
 The thread that wrote the tile writes it, so no barrier is needed between the two. A program has the barriers of its
 reductions, and one after the target's logit is read (memory.py, `at_targets`); a program that goes from row to row
-while the next row is on its way has no barrier for the target, since it would end the overlap.
+while the next row is on its way has no barrier for the target, since it would end the overlap. In place, nothing is
+overwritten before it is read: each thread has its part of the row, and the target's logit, before it meets the others
+for the row's maximum, and stores after they have met for the last sum. In a cluster these are the meetings of all of
+its blocks, which the barrier after the target is not. Rows that share a program have their threads in one warp.
 
 The logits of an ignored row are not read, except where a program goes from row to row: these loads begin before the
 target is known, and what they bring is not used. Where several rows share a program, a mask excludes the ignored ones,
