@@ -53,9 +53,10 @@ from tqdm import tqdm
 from sre_triton.kernels import primitives
 from sre_triton.primitives import RowOptions
 
-# ImageNet and its 21841 classes, a speech model's 1823, products, and the vocabularies of language models.
+# Yes and no, digits, small pictures, ImageNet and its 21841 classes, a speech model's 1823, products, and the
+# vocabularies of language models.
 CLASSES = (
-    10, 100, 1000, 1823, 4096, 5003, 8192, 16384, 21841, 32000, 49152, 50257, 50304, 64000, 100277, 128256, 129280,
+    2, 10, 32, 100, 128, 1000, 1823, 4096, 5003, 8192, 16384, 21841, 32000, 49152, 50257, 50304, 64000, 100277, 128256, 129280,
     131072, 151936, 152064, 200064, 201088, 256000, 262144,
 )  # fmt: skip
 DTYPES = ("bfloat16", "float32")

@@ -26,7 +26,7 @@ def budget(*arguments):
 
 
 # Of those in the tables, every way to hold a row; a whole table takes a minute.
-CLASSES = ("1000", "21841", "262144")
+CLASSES = ("2", "10", "128", "1000", "21841", "262144")
 OPTION_CLASSES = ("50257", "300000")
 
 
@@ -47,6 +47,9 @@ def assert_within_budget(row):
     loop = row["path"] == "loop" and triton < (3, 8)
     if int(row["K"]) >= 1000 and row["kernel"] != "scale_gradient" and not loop:
         assert float(row["vector_loads"]) >= 0.97, row
+    if row["kernel"] == "row_loss_and_gradient" and int(row["K"]) < 1000:
+        assert float(row["instructions_per_logit"]) <= {2: 110, 10: 44}.get(int(row["K"]), 36), row
+        assert float(row["lanes_per_logit"]) <= 1.053, row
     if row["kernel"] == "row_loss_and_gradient" and int(row["K"]) >= 1000:
         assert row["path"] == "loop" or float(row["lanes_per_logit"]) <= 1.053, row  # 0.95 of them have a class
         more = 2 * (triton < (3, 8))
