@@ -81,6 +81,25 @@ def test_bounds_where_the_gradient_of_the_regularizer_cancels(backend):
     assert_within_bounds(logits, target, backend)
 
 
+@pytest.mark.parametrize("lead", [-1.0, -0.1, 0.0, 0.1, 1.0])
+@pytest.mark.parametrize(("K", "spread"), [(10, 0.5), (1000, 0.05), (1000, 0.5), (5003, 0.2)])
+def test_kernels_where_the_loss_wants_to_be(K, spread, lead, on_triton):
+    # All wrong classes have about the probability c: U is a sum of many u that cancel; what moves all t alike stays.
+    c = 1e-7
+    torch.manual_seed(0)
+    logits, target = spread * torch.randn(16, K), torch.randint(K, (16,))
+    logits.scatter_(1, target[:, None], math.log(1 / c) + lead)
+    p = logits.double().softmax(1)
+    t = (p / c).log()
+    mu = torch.sigmoid(-t.abs())
+    slope = (mu * (1 - mu) * (1 - t.abs() * (1 - 2 * mu))).abs().scatter(1, target[:, None], 0).sum(1)
+    _, _, gradient = loss_and_gradient(logits, target, reduction="none", class_mean=False, backend=on_triton)
+    true_gradient = truth(logits, target, reduction="none", class_mean=False)[2]
+    error, norm = (gradient.double() - true_gradient).norm(dim=1), true_gradient.norm(dim=1)
+    # What float32's sum of exponentials allows: it is 1 and many 1e-7.
+    assert (error <= 5e-6 * norm + 3e-7 + 7e-7 * slope * p.norm(dim=1)).all()
+
+
 @pytest.mark.parametrize("c", [1e-30, 1e-12, 1e-3, 1.0])
 def test_bounds_for_every_c(c, backend):
     logits, target, _ = problem(4, 500, {}, spread=8.0)

@@ -5,8 +5,8 @@ For the logit z of one class, in a row whose largest logit is m:
     d = (z - m) log2 e            the exponent of 2; m log2 e is rounded first, then d is one fused multiply-add
     e = 2^d                       the exponential, 1 at the largest logit
     s = Σ e                       the row's sum of exponentials: a class has the probability p = e / s
-    off = log2(s c)               c is the suppression level
-    t = d - off                   log2(p / c): above 0 where the class is more probable than c
+    whole + rest = log2(s c)      c is the suppression level; whole is a whole number
+    t = (d - whole) - rest        log2(p / c): above 0 where the class is more probable than c
     μ = min(e, s c) / (e + s c)   the smaller of the two probabilities of a coin whose odds are p : c
     h = |t| μ - log2(1 - μ)       the coin's entropy in bits
     u = t μ (1 - μ)               minus the slope of h in bits: the row's gradient is made of e and u
@@ -83,9 +83,10 @@ def reference_of(m, PTX: tl.constexpr):
 
 @triton.jit
 def columns(constants, tile):
-    """The four constants of the rows, each as a column where the tile has several rows: see `column`."""
-    factor, product, off, sc = constants
-    return column(factor, tile), column(product, tile), column(off, tile), column(sc, tile)
+    """The five constants of the rows, each as a column where the tile has several rows: see `column`."""
+    factor, product, whole, rest, sc = constants
+    whole, rest = column(whole, tile), column(rest, tile)
+    return column(factor, tile), column(product, tile), whole, rest, column(sc, tile)
 
 
 @triton.jit
@@ -216,7 +217,8 @@ def lse_of_groups(lse, reference, m, zero, HAS_Y: tl.constexpr):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The coin and its sums. The four `constants` of a row are factor, product (`reference_of`), off = log2(s c), and s c.
+# The coin and its sums. The `constants` of a row are factor, product (`reference_of`), log2(s c) as whole + rest, and
+# s c. In one number log2(s c) is rounded by up to 1e-6, and moves every t alike: where many u cancel, this does not.
 
 
 @triton.jit
@@ -225,10 +227,10 @@ def coin(z, constants, PTX: tl.constexpr):
 
     1 - μ comes from a fused multiply-add: the product that makes μ is not rounded on the way.
     """
-    factor, product, off, sc = constants
+    factor, product, whole, rest, sc = constants
     d, e = _exp(z, factor, product)
     smaller, inverse_sum = tl.minimum(e, sc), reciprocal(e + sc, PTX)
-    return e, d - off, smaller * inverse_sum, less_product(1.0, smaller, inverse_sum)
+    return e, (d - whole) - rest, smaller * inverse_sum, less_product(1.0, smaller, inverse_sum)
 
 
 @triton.jit

@@ -77,10 +77,10 @@ class Prepared(NamedTuple):
     programs: int = 0  # at most; 0 if there are as many as there are rows
 
 
-_prepared: dict[tuple, Prepared] = {}
+_prepared: dict[tuple[Any, ...], Prepared] = {}
 
 
-def keep(key: tuple, made: Prepared) -> Prepared:
+def keep(key: tuple[Any, ...], made: Prepared) -> Prepared:
     """For the next launch with the same key."""
     if len(_prepared) >= MOST_PREPARED:
         _prepared.clear()
@@ -88,7 +88,7 @@ def keep(key: tuple, made: Prepared) -> Prepared:
     return made
 
 
-def kinds(values: Iterable[Any]) -> tuple:
+def kinds(values: Iterable[Any]) -> tuple[Any, ...]:
     """What Triton compiles in of arguments: of a tensor its dtype and whether it begins at a multiple of 16 bytes.
 
     Of a number it is whether it is 1 or a multiple of 16: the key of `_prepared` simply has the number.
@@ -146,7 +146,7 @@ def _number_or_pointer(value: float | Tensor | None) -> float | Tensor | None:
     return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value
 
 
-def _scalars(options: RowOptions) -> tuple[Scalars, tuple]:
+def _scalars(options: RowOptions) -> tuple[Scalars, tuple[Any, ...]]:
     """The options as a kernel takes them, and what of them is compiled in."""
     c = _number_or_pointer(options.c)
     whole = rest = None

@@ -18,7 +18,7 @@ Tuples that go through the kernels, all of values of the row:
     factors       (λ', scale)
     lse           (m, s, Σ w y, Σ w y (z - m), ω)
     reference     (factor, product, lost) (formulas.py: `reference_of`)
-    constants     (factor, product, off, s c): what formulas.py needs at each class
+    constants     (factor, product, whole, rest, s c): what formulas.py needs at each class
     coefficients  (coef_p / s, coef_u in bits, coef_y)
     statistics    m, s, Σ w y, Σ w y (z - m), ω, Σ (1 - y) h, Σ (1 - y) u: the rows 0 to 6 of a matrix (7, N)
 """
@@ -176,7 +176,7 @@ def _c(scalars, PTX: tl.constexpr):
 
 @triton.jit
 def constants_of(scalars, reference, exp_sum, counted, PTX: tl.constexpr):
-    """((factor, product, off, s c), s, log s) of each row; the first are the constants of its tiles.
+    """((factor, product, whole, rest, s c), s, log s) of each row; the first are the constants of its tiles.
 
     log s is the natural logarithm of Σ exp(z - m), without the part that the reference has lost. A row of nothing but
     -inf has s = 0: here s becomes NaN, as such a row has no probabilities. A row that does not count gets s = 1.
@@ -185,14 +185,9 @@ def constants_of(scalars, reference, exp_sum, counted, PTX: tl.constexpr):
     exp_sum = if_counted(counted, tl.where(exp_sum == 0.0, float("nan"), exp_sum), 1.0)
     whole, rest = log2_parts(exp_sum, PTX)
     c, c_whole, c_rest = _c(scalars, PTX)
-    # `off` is log2(s c) rounded. s c is replaced by 2^off, so that t and μ have the same p / c: where the u of many
-    # classes cancel, a difference between the two would not cancel. So c is not quite the given c, by up to 6e-7 of it.
-    off = (whole + c_whole) + (rest + c_rest)
-    lost_by_off = (rest + c_rest) - (off - (whole + c_whole))
-    sc = exp_sum * c
     # Never so small that the reciprocal of e + s c is infinite: s c is with huge logits and a tiny c.
-    sc = tl.maximum(less_product(sc, sc, lost_by_off * LN_2), 2e-38, propagate_nan=tl.PropagateNan.ALL)
-    return (factor, product, off, sc), exp_sum, (whole + (rest - lost)) * LN_2
+    sc = tl.maximum(exp_sum * c, 2e-38, propagate_nan=tl.PropagateNan.ALL)
+    return (factor, product, whole + c_whole, rest + c_rest, sc), exp_sum, (whole + (rest - lost)) * LN_2
 
 
 @triton.jit
