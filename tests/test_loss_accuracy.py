@@ -106,6 +106,13 @@ def test_bounds_for_every_c(c, backend):
     assert_within_bounds(logits, target, backend, c=c)
 
 
+@pytest.mark.parametrize("c", [1e-30, 1e-12, 1e-8, 1e-7, 1.0])
+def test_bounds_of_many_logits_uncompiled(c, uncompiled):
+    # So many that exponentials may be powers of 2, of whose exponents a rounding is as large as they are.
+    logits, target, _ = problem(64, 1000, {}, spread=20.0)
+    assert_within_bounds(logits, target, "compile", c=c)
+
+
 @both_targets
 @pytest.mark.parametrize("recompute", [False, True], ids=["single pass", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -34,7 +34,7 @@ def num_tiles(TILES, TAIL):
     """How many tiles a row has, or a step of a walk: TILES whole ones, and the narrower ones of the tail.
 
     A whole tile has eight or sixteen classes for each thread, or fewer where rows share a program. TAIL is the number
-    of classes for each thread that are left over, a sum of 8, 4 and 2, and each of these stands for a tile. 5400
+    of classes for each thread that are left over, a sum of 8, 4, 2 and 1, and each of these stands for a tile. 5400
     classes and 128 threads, BLOCK_K = 2048, TILES = 2, TAIL = 12:
 
         tile       0            1               2               3

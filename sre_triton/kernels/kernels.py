@@ -12,7 +12,8 @@ reductions, and one after the target's logit is read (memory.py, `at_targets`); 
 while the next row is on its way has no barrier for the target, since it would end the overlap. In place, nothing is
 overwritten before it is read: each thread has its part of the row, and the target's logit, before it meets the others
 for the row's maximum, and stores after they have met for the last sum. In a cluster these are the meetings of all of
-its blocks, which the barrier after the target is not. Rows that share a program have their threads in one warp.
+its blocks, which the barrier after the target is not. Rows that share a program have their threads in one
+warp, and meet without a barrier.
 
 The logits of an ignored row are not read, except where a program goes from row to row: these loads begin before the
 target is known, and what they bring is not used. Where several rows share a program, a mask excludes the ignored ones,

@@ -28,7 +28,7 @@ TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # Hopper, Blackwell, Blackwell Ultra; the consumers' cards are newer, but have smaller clusters.
 CLUSTERS_OF_16 = (90, 100, 103)
 NUMBERS = {float, int, bool, type(None)}
-# Parameters of small kernels in which Triton specialises nothing.
+# Parameters of small kernels in which Triton specialises nothing but whether they have 32 bits.
 NOT_COMPILED_IN = {"num_rows", "num_programs"}
 # Kernels that are kept. A training has a few; a program in which K or strides change at every step has many.
 MOST_PREPARED = 1024
@@ -91,10 +91,18 @@ def keep(key: tuple[Any, ...], made: Prepared) -> Prepared:
 def kinds(values: Iterable[Any]) -> tuple[Any, ...]:
     """What Triton compiles in of arguments: of a tensor its dtype and whether it begins at a multiple of 16 bytes.
 
-    Of a number it is whether it is 1 or a multiple of 16: the key of `_prepared` simply has the number.
+    For AMD it is also whether the storage has less than 2 GiB: then offsets are cut to 32 bits. Of a number it is
+    whether it is 1 or a multiple of 16: the key of `_prepared` simply has the number.
     """
     numbers = NUMBERS
-    return tuple([x if type(x) in numbers else (x.dtype, not x.data_ptr() & 15) for x in values])
+    if _gpu(None).backend == "cuda":
+        return tuple([x if type(x) in numbers else (x.dtype, not x.data_ptr() & 15) for x in values])
+    return tuple([x if type(x) in numbers else (x.dtype, not x.data_ptr() & 15, _is_large(x)) for x in values])
+
+
+def _is_large(tensor: Tensor) -> bool:
+    """Whether its storage has 2 GiB or more."""
+    return tensor.untyped_storage().nbytes() >= 2**31
 
 
 def compile_kernel(kernel: Any, arguments: dict[str, Any], **options: Any) -> Any:
@@ -125,7 +133,11 @@ def active_clusters(kernel: Any, num_ctas: int, per_multiprocessor: int, device:
 
 def launch_small(kernel: Any, num_programs: int, arguments: dict[str, Any], prepare: Callable) -> None:
     """Launch a small kernel, on the current device."""
-    key = kernel.fn, *kinds([value for name, value in arguments.items() if name not in NOT_COMPILED_IN])
+    key = (
+        kernel.fn,
+        arguments["num_rows"] >> 31,
+        *kinds([value for name, value in arguments.items() if name not in NOT_COMPILED_IN]),
+    )
     device = next(iter(arguments.values())).device
     ready = _prepared.get((device, key)) or keep((device, key), prepare(kernel, arguments))
     arguments.update(ready.constants)
@@ -163,8 +175,8 @@ def _scalars(options: RowOptions) -> tuple[Scalars, tuple[Any, ...]]:
         z_loss=_number_or_pointer(options.z_loss),
         softcap=_number_or_pointer(options.softcap),
     )
-    # Nothing of a float is compiled in, so 0.0 stands for them all.
-    return scalars, kinds(0.0 if type(x) is float else x for x in scalars)
+    # Nothing of a float is compiled in.
+    return scalars, tuple("float" if type(x) is float else kinds((x,)) for x in scalars)
 
 
 _scalars_of_numbers = functools.lru_cache(MOST_PREPARED)(_scalars)

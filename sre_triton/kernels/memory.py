@@ -3,7 +3,7 @@
 One instruction reads 16 bytes, VECTOR elements, only where they begin at a multiple of 16 bytes. With an odd K most
 rows begin elsewhere. Such a row is read as a *window*, which begins and ends at multiples, and an *edge*, the few
 classes before and after the window (WINDOW). The second row of bf16 logits with K = 21, a letter for each element (rows
-as short as these share a program, and have no window; from K = 1025 on it is the same):
+as short as these share a program, and have no window; from K = 1025 on, or 513 with some options, it is the same):
 
     element    16      24      32      40      48
                |       |       |       |       |

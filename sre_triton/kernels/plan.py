@@ -4,6 +4,7 @@ The number of rows is not asked for, so that a last batch, which is smaller, run
 
     classes          path      what decides
     up to 1024       resident  rows share a program of four warps: 128 of up to 32 classes, 4 of more than 512
+                               (these numbers are for warps of 32 lanes; on AMD it is twice as many rows)
     up to 6400       resident  three programs and more share a multiprocessor: one loads while others compute
     up to 16384      resident  two programs or one: they go from row to row, and the next row is on its way to shared
                                memory while this one is computed (compute capability 8.0 and newer)

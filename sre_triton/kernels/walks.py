@@ -152,7 +152,7 @@ def store_gradient_of_rest(
             # What the target lies in once more, under a mask: the thread that wrote the class before writes it again.
             g = if_counted(counted, g.to(tl.int32), -1)
             col = g - window[1]
-            # g is -1 where nothing is stored again; only of rows that share a program is a tile as narrow as one class.
+            # g is -1 where nothing is stored again: a tile of one class would begin, and be written, at -1.
             start = (tl.maximum(col, 0) if VARIANT.ROWS > 1 else col) // AGAIN * AGAIN
             if VARIANT.ROWS > 1:
                 start = start[:, None, None]

@@ -71,6 +71,21 @@ print(json.dumps([[id(one.compiled) for one in made], [one.arguments["scalars"].
     assert len(set(ids)) == len(ids) - 5
 
 
+def test_on_amd_a_large_batch_has_code_of_its_own():
+    # Of tensors in less than 2 GiB Triton cuts offsets to 32 bits.
+    code = """
+launches = cross_compile.compile_only("gfx942")
+for N in (64, 100, 1_500_000, 1_500_001, 64):
+    step(N, 1000, torch.float16)
+for name in ("row_loss_kernel", "scale_gradient_kernel"):
+    print(json.dumps([id(one.compiled) for one in launches if one.name == name]))
+"""
+    for line in run("-c", BEGIN + code).splitlines():
+        few, more, many, again, last = json.loads(line)
+        assert few == more == last
+        assert many == again != few
+
+
 def test_a_launch_hands_over_what_tritons_own_would():
     code = """
 handed = []

@@ -898,6 +898,8 @@ def main() -> int:
     few = args.smoke or args.mutate
     cases = list(smoke()) if few else [case for name in args.groups for case in GROUPS[name]()]
     cases = [case for case in cases if case[2] in args.dtypes and (not args.classes or case[1] in args.classes)]
+    if not cases:
+        parser.error("no case of these groups has these classes and dtypes")
     if args.mutate:
         return 1 if mutate(run, cases) else 0
     if args.sample < 1:
