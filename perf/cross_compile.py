@@ -129,6 +129,10 @@ class OnGpu:
         """Of a tensor that is not there."""
         return self.tensor.data_ptr()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """As large as that of the tensor that is there."""
+        return self.tensor.untyped_storage()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The code
