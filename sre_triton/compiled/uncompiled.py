@@ -49,7 +49,8 @@ def numbers_of(scalars: Scalars, dtype: torch.dtype) -> Numbers:
     """The scalar options that every row needs, and constants."""
     c = scalars.c
     numbers = c, c.log(), scalars.reg_weight, 1 / c, *torch.tensor([0.0, 1.0, torch.nan], device=c.device)
-    return Numbers(*(number.to(dtype) for number in numbers), c.device.type == "cpu" and c.item() >= LEAST_C)
+    power_of_2 = c.device.type == "cpu" and c.item() >= LEAST_C  # on a CPU nobody waits
+    return Numbers(*(number.to(dtype) for number in numbers), power_of_2)
 
 
 def _scratch(z: Tensor) -> Sequence[Tensor | None]:

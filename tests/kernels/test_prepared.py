@@ -47,6 +47,24 @@ for K in (10, 1000, 5003, 16384, 50257, 262144, 300000):
         assert line[1:] == [1200, 1, 1, 1, 1], line
 
 
+def test_the_first_batch_decides_nothing():
+    # What is kept of one batch runs others, so nothing of its number of rows may be compiled in.
+    code = """
+launches = cross_compile.compile_only("sm_90")
+for K in (10, 1000, 8192, 50257, 300000):
+    for N in (1, 2, 8, 9, 16, 24, 132):
+        cross_compile.forget()
+        step(N, K)
+    kernels = {}
+    for made in launches:
+        kernels.setdefault(made.name, set()).add(id(made.compiled))
+    print(json.dumps([K, *map(len, kernels.values())]))
+    launches.clear()
+"""
+    lines = [json.loads(line) for line in run("-c", BEGIN + code).splitlines()]
+    assert [line[1:] for line in lines] == [[1, 1, 1, 1]] * 5
+
+
 def test_what_is_compiled_in_is_told_apart():
     # A number may take the place of another, but not of a pointer; a row may begin elsewhere; K and strides differ.
     code = """
